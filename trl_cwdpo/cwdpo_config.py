@@ -1,0 +1,141 @@
+"""Options of stage 2: TRL's `DPOConfig` plus the cooling."""
+
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+from .calibration import PRESETS, number_or_auto
+
+COOLING_MODES = ("loss", "gate", "constant", "off")
+COOLING_PRESETS = tuple(PRESETS)
+
+
+@dataclass
+class CWDPOConfig(DPOConfig):
+    r"""
+    Configuration class for the [`CWDPOTrainer`].
+
+    This class includes only the parameters that are specific to Cooling-Weighted DPO. For all the others, and their
+    defaults, see [`~trl.DPOConfig`] and [`~transformers.TrainingArguments`].
+
+    Parameters:
+        cooling_mode (`str`, *optional*, defaults to `"loss"`):
+            What the cooling weight w of a rejected response acts on. `"loss"` (the paper): the log-ratio of the
+            rejected response in the loss is multiplied by w. `"gate"`: the loss keeps DPO's value and the gradient of
+            the rejected response is multiplied by w. `"constant"`: w is `cooling_constant`. `"off"`: plain DPO.
+        cooling_floor (`float` or `str`, *optional*, defaults to `"auto"`):
+            Average token log-probability, in nats per token, at which a rejected response gets weight ½. `"auto"`
+            solves it from a sample of rejected responses before the first update.
+        cooling_temperature (`float` or `str`, *optional*, defaults to `"auto"`):
+            Temperature of the weight, in nats per token. `"auto"` solves it from the same sample.
+        cooling_preset (`str`, *optional*, defaults to `"tail"`):
+            Which weights `"auto"` aims at. `"tail"`: ½ at the first quartile of the sample and 0.9 at the third, so
+            that typical negatives stay active. `"paper"`: ¼ and ¾, which puts the floor near the median.
+        cooling_calibration_size (`int`, *optional*, defaults to `256`):
+            Number of rejected responses that `"auto"` measures, over all processes.
+        cooling_constant (`float`, *optional*, defaults to `0.5`):
+            The weight in `"constant"` mode, in [0, 1].
+        cooling_stop_gradient (`bool`, *optional*, defaults to `True`):
+            Whether the weight is a constant for the gradient. `False` is possible in `"loss"` mode only; the push on
+            very easy negatives then changes sign.
+        cooling_min_weight (`float`, *optional*, defaults to `0.0`):
+            Rejected responses with a smaller weight get weight 0; the chosen side of their pairs still trains.
+    """
+
+    cooling_mode: str = field(
+        default="loss",
+        metadata={
+            "help": "What the cooling weight w of a rejected response acts on. 'loss' (the paper): the rejected "
+            "log-ratio in the loss is multiplied by w. 'gate': the loss keeps DPO's value and the gradient of the "
+            "rejected response is multiplied by w. 'constant': w is `cooling_constant`. 'off': plain DPO.",
+            "choices": list(COOLING_MODES),
+        },
+    )
+    cooling_floor: float | str = field(
+        default="auto",
+        metadata={
+            "help": "Average token log-probability, in nats per token, at which a rejected response gets weight 1/2. "
+            "'auto' solves it from a sample of rejected responses before the first update."
+        },
+    )
+    cooling_temperature: float | str = field(
+        default="auto",
+        metadata={
+            "help": "Temperature of the cooling weight, in nats per token. 'auto' solves it from the same sample as "
+            "the floor."
+        },
+    )
+    cooling_preset: str = field(
+        default="tail",
+        metadata={
+            "help": "Which weights 'auto' aims at. 'tail': 1/2 at the first quartile of the sample and 0.9 at the "
+            "third. 'paper': 1/4 and 3/4, which puts the floor near the median.",
+            "choices": list(COOLING_PRESETS),
+        },
+    )
+    cooling_calibration_size: int = field(
+        default=256,
+        metadata={"help": "Number of rejected responses that 'auto' measures, over all processes."},
+    )
+    cooling_constant: float = field(
+        default=0.5,
+        metadata={"help": "The cooling weight in 'constant' mode, in [0, 1]."},
+    )
+    cooling_stop_gradient: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the cooling weight is a constant for the gradient. False is possible in 'loss' mode only."
+        },
+    )
+    cooling_min_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Rejected responses with a smaller cooling weight get weight 0; the chosen side of their pairs "
+            "still trains."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.cooling_floor = number_or_auto("cooling_floor", self.cooling_floor)
+        self.cooling_temperature = number_or_auto("cooling_temperature", self.cooling_temperature)
+        self._check_choices()
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        for name, choices in (("cooling_mode", COOLING_MODES), ("cooling_preset", COOLING_PRESETS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
+
+    def _check_ranges(self) -> None:
+        if self.cooling_temperature != "auto" and self.cooling_temperature <= 0:
+            raise ValueError(
+                f"`cooling_temperature` must be positive (nats per token), got {self.cooling_temperature}. For a hard "
+                "threshold use a small one, such as 0.01."
+            )
+        if self.cooling_calibration_size < 1:
+            raise ValueError(f"`cooling_calibration_size` must be at least 1, got {self.cooling_calibration_size}.")
+        if not 0.0 <= self.cooling_constant <= 1.0:
+            raise ValueError(f"`cooling_constant` must lie in [0, 1], got {self.cooling_constant}.")
+        if not 0.0 <= self.cooling_min_weight < 1.0:
+            raise ValueError(f"`cooling_min_weight` must lie in [0, 1), got {self.cooling_min_weight}.")
+
+    def _check_combinations(self) -> None:
+        if not self.cooling_stop_gradient and self.cooling_mode != "loss":
+            raise ValueError(
+                f"`cooling_stop_gradient=False` has no meaning with `cooling_mode={self.cooling_mode!r}`, whose weight "
+                "has no gradient by definition. Use `cooling_mode='loss'` or leave `cooling_stop_gradient=True`."
+            )
+        if self.cooling_mode == "constant" and 0.0 < self.cooling_constant < self.cooling_min_weight:
+            raise ValueError(
+                f"`cooling_min_weight`={self.cooling_min_weight} would filter every pair, since `cooling_constant`="
+                f"{self.cooling_constant} is smaller. Lower `cooling_min_weight`, or set `cooling_constant=0` if that "
+                "is meant."
+            )
+        if self.cooling_mode != "off" and "aot" in self.loss_type:
+            raise ValueError(
+                f"`loss_type='aot'` sorts policy and reference log-ratios apart, so no weight of a pair survives it; it "
+                f"cannot be combined with `cooling_mode={self.cooling_mode!r}`. Use `loss_type='aot_unpaired'` or "
+                "another loss, or `cooling_mode='off'`."
+            )

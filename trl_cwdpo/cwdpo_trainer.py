@@ -1,0 +1,324 @@
+"""Stage 2: `DPOTrainer` whose rejected log-ratio is cooled.
+
+The only change with respect to [`~trl.DPOTrainer`] is the reference that its loss sees: the reference log-probability
+of each rejected response is shifted so that the difference the loss reads is the cooled one (`objectives.py`,
+[`~trl_cwdpo.objectives.cooled_reference`]). Everything else, every loss type included, is TRL's own code. The weight is
+taken from the same forward pass, so cooling costs no extra pass through the model.
+"""
+
+import logging
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalPrediction
+from trl import DPOTrainer
+
+from . import objectives, upstream
+from .calibration import CoolingCalibration, calibrate
+from .cwdpo_config import CWDPOConfig
+from .data import PreferenceCollator, drop_unusable_pairs_of_all
+from .faults import stop_if_not_finite
+from .initial_negatives import measure_initial_negatives
+from .run_state import RunState
+
+logger = logging.getLogger(__name__)
+
+EASY_WEIGHT = 0.1
+# TRL averages a metric over the steps between two logs; an extreme of the weights stays one
+EXTREMES = {"cooling/weight_min": min, "cooling/weight_max": max}
+
+
+class CWDPOTrainer(DPOTrainer):
+    r"""
+    Trainer for Cooling-Weighted DPO, stage 2 of *Learning Dynamics of VLM Finetuning*
+    ([arXiv 2510.11978](https://huggingface.co/papers/2510.11978)).
+
+    Takes exactly the arguments of [`~trl.DPOTrainer`], with a [`CWDPOConfig`] for `args`. In its default mode the loss
+    of a pair is \\( -\log\sigma(\beta(\Delta_w - w\Delta_l)) \\), where the cooling weight
+    \\( w = \sigma((\bar\ell_\theta(y_l|x) - \ell_{floor})/\tau) \\) comes from the policy's average token
+    log-probability of the rejected response.
+
+    Pairs with an empty response or with identical responses are left out of the datasets, with a warning that counts
+    them. A loss that is not finite stops the run with a [`NonFiniteLossError`] before it reaches the weights.
+
+    Logged next to TRL's metrics, whose meaning does not change (`rewards/*` and `logps/*` are the uncooled ones):
+
+    - `cooling/weight`, `cooling/weight_min`, `cooling/weight_max`: the weights w;
+    - `cooling/easy_fraction`: share of pairs with w < 0.1; `cooling/filtered_fraction`: with w = 0 by
+      `cooling_min_weight`;
+    - `cooling/floor`, `cooling/temperature`: nats per token, frozen;
+    - `cooling/rejected_avg_logp`: ℓ̄ of the rejected responses, nats per token;
+    - `cooling/margin`: β(Δ_w − wΔ_l).
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_cwdpo import CWDPOConfig, CWDPOTrainer
+
+    >>> trainer = CWDPOTrainer(
+    ...     model="Qwen/Qwen2.5-VL-3B-Instruct",
+    ...     args=CWDPOConfig(output_dir="out"),
+    ...     train_dataset=load_dataset("openbmb/RLAIF-V-Dataset", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "dpo", "cw-dpo", "trl-cwdpo"]
+    _name = "CW-DPO"
+    _paper = {
+        "title": "Learning Dynamics of VLM Finetuning",
+        "id": "2510.11978",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{yang2025learning,
+                title        = {{Learning Dynamics of VLM Finetuning}},
+                author       = {Jing Yang and Jusheng Zhang and Kaitong Cai and Keze Wang},
+                year         = 2025,
+                eprint       = {arXiv:2510.11978},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        ref_model: PreTrainedModel | None = None,
+        args: CWDPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else upstream.get_config_model_id(model.config)
+            args = CWDPOConfig(f"{name.rstrip('/').split('/')[-1]}-CWDPO")
+        if not isinstance(args, CWDPOConfig):
+            raise TypeError(f"`args` must be a `CWDPOConfig`, got a `{type(args).__name__}`. Change the class's name only.")
+        train_dataset, dropped = drop_unusable_pairs_of_all(train_dataset, "train")
+        eval_dataset, eval_dropped = drop_unusable_pairs_of_all(eval_dataset, "eval")
+        self.dropped_pairs: dict[str, dict[str, int]] = {**dropped, **eval_dropped}
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.data_collator = PreferenceCollator(self.data_collator, args.max_length)
+        self.add_callback(RunState())
+        # Sequence log-probabilities of the last loss, to name the rows behind a loss that is not finite
+        self._last_logps: torch.Tensor | None = None
+        self._amplification_checked = False
+
+    @property
+    def calibration(self) -> CoolingCalibration | None:
+        """What `"auto"` found before the first update, or `None` before that or where nothing is `"auto"`."""
+        stored = RunState.of(self).values.get("cooling")
+        return None if stored is None else CoolingCalibration.from_dict(stored)
+
+    @property
+    def cooling_floor(self) -> float:
+        """ℓ_floor in force, nats per token."""
+        floor = self.args.cooling_floor
+        return self.calibration.floor if floor == "auto" else floor
+
+    @property
+    def cooling_temperature(self) -> float:
+        """τ in force, nats per token."""
+        temperature = self.args.cooling_temperature
+        return self.calibration.temperature if temperature == "auto" else temperature
+
+    def _calibrate_once(self, model: torch.nn.Module) -> None:
+        args = self.args
+        if args.cooling_mode not in ("loss", "gate") or "auto" not in (args.cooling_floor, args.cooling_temperature):
+            return
+        if self.calibration is not None:
+            return
+        sample = measure_initial_negatives(self, model, args.cooling_calibration_size)
+        beta = self.beta if args.cooling_mode == "loss" else None
+        found = calibrate(sample.avg_logps, sample.lengths, preset=args.cooling_preset, beta=beta)
+        RunState.of(self).values["cooling"] = found.to_dict()
+        if self.accelerator.is_main_process:
+            logger.info(
+                "Cooling calibrated on %d rejected responses (preset %r): floor %.4f, temperature %.4f nats/token; "
+                "quantiles of their average log-probability %s; median length %g tokens.",
+                found.sample_size,
+                found.preset,
+                self.cooling_floor,
+                self.cooling_temperature,
+                {name: round(value, 3) for name, value in found.quantiles.items()},
+                found.median_length,
+            )
+            for warning in found.warnings:
+                logger.warning(warning)
+
+    def _check_amplification_once(self, lengths: torch.Tensor) -> None:
+        if self._amplification_checked or self.args.cooling_mode != "loss":
+            return
+        self._amplification_checked = True
+        found = self.calibration
+        length = found.median_length if found else self.accelerator.gather(lengths).float().median().item()
+        risk = objectives.amplification_risk(self.beta, length, self.cooling_temperature)
+        if risk >= 1.0 and self.accelerator.is_main_process:
+            logger.warning(
+                "β·L·τ = %.3g · %.4g · %.3g = %.3g is not below 1 (`beta`, median rejected length, "
+                "`cooling_temperature`): with `cooling_mode='loss'` the push on easy negatives is then stronger than "
+                "DPO's, not weaker. Set `cooling_mode='gate'`, or `cooling_temperature` below %.3g, or lower `beta`.",
+                self.beta,
+                length,
+                self.cooling_temperature,
+                risk,
+                1.0 / (self.beta * length),
+            )
+
+    def _cooling_weights(self, avg_logps: torch.Tensor) -> torch.Tensor:
+        args = self.args
+        if args.cooling_mode == "constant":
+            constant = torch.full_like(avg_logps, args.cooling_constant)
+            return objectives.filter_weights(constant.detach(), args.cooling_min_weight)
+        return objectives.cooling_weight(
+            avg_logps,
+            self.cooling_floor,
+            self.cooling_temperature,
+            args.cooling_min_weight,
+            stop_gradient=args.cooling_stop_gradient,
+        )
+
+    def _compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool  # noqa: FBT001 (TRL's signature)
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        if self.args.cooling_mode == "off":
+            tap = upstream.PolicyTap(model, lambda outputs, _: self._remember_logps(outputs))
+            return super()._compute_loss(tap, inputs, return_outputs)
+
+        self._calibrate_once(model)
+        inputs = dict(inputs)
+        precomputed = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]) if self.precompute_ref_logps else None
+        pairs: dict[str, torch.Tensor] = {}
+
+        def cool(outputs: upstream.FusedCausalLMOutput, kwargs: dict[str, Any]) -> None:
+            self._remember_logps(outputs)
+            references = precomputed or self._reference_logps(inputs["completion_mask"], kwargs)
+            pairs.update(self._cool_pairs(outputs, inputs["completion_mask"], references))
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = pairs["ref_chosen"], pairs["cooled_ref"]
+
+        with upstream.references_in_inputs(self):
+            result = super()._compute_loss(upstream.PolicyTap(model, cool), inputs, return_outputs)
+        self._log_cooling(pairs)
+        return result
+
+    def _remember_logps(self, outputs: upstream.FusedCausalLMOutput) -> None:
+        self._last_logps = outputs.log_probs.detach().sum(dim=1)
+
+    def _reference_logps(
+        self, completion_mask: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shift_mask = completion_mask[..., 1:]
+        log_probs = upstream.reference_forward(self, kwargs).log_probs[:, -shift_mask.size(1) :]
+        return objectives.sequence_logps(log_probs, shift_mask, self.ld_alpha).chunk(2)
+
+    def _cool_pairs(
+        self,
+        outputs: upstream.FusedCausalLMOutput,
+        completion_mask: torch.Tensor,
+        references: tuple[torch.Tensor, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        shift_mask = completion_mask[..., 1:]
+        per_token_logps = outputs.log_probs[:, -shift_mask.size(1) :]
+        chosen, rejected = objectives.sequence_logps(per_token_logps, shift_mask, self.ld_alpha).chunk(2)
+        avg_logps, lengths = objectives.average_logps(per_token_logps.chunk(2)[1], shift_mask.chunk(2)[1])
+        self._check_amplification_once(lengths)
+        weights = self._cooling_weights(avg_logps)
+        ref_chosen, ref_rejected = references
+        return {
+            "ref_chosen": ref_chosen,
+            "cooled_ref": objectives.cooled_reference(rejected, ref_rejected, weights, self.args.cooling_mode),
+            "chosen_logratios": (chosen - ref_chosen).detach(),
+            "rejected_logratios": (rejected - ref_rejected).detach(),
+            "avg_logps": avg_logps.detach(),
+            "weights": weights.detach(),
+        }
+
+    def _log_cooling(self, pairs: dict[str, torch.Tensor]) -> None:
+        names = ("chosen_logratios", "rejected_logratios", "avg_logps", "weights")
+        # One gathering for all; columns are made contiguous so that their means add up in TRL's order
+        gathered = self.accelerator.gather(torch.stack([pairs[name].float() for name in names], dim=1))
+        chosen, rejected, avg_logps, weights = (column.contiguous() for column in gathered.unbind(dim=1))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        # TRL took these from the shifted reference
+        chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
+        metrics["rewards/rejected"][-1] = rejected_rewards.mean().item()
+        metrics["rewards/accuracies"][-1] = (chosen_rewards > rejected_rewards).float().mean().item()
+        metrics["rewards/margins"][-1] = (chosen_rewards - rejected_rewards).mean().item()
+
+        values = {
+            "cooling/weight": weights.mean(),
+            "cooling/weight_min": weights.min(),
+            "cooling/weight_max": weights.max(),
+            "cooling/easy_fraction": (weights < EASY_WEIGHT).float().mean(),
+            "cooling/filtered_fraction": (weights == 0.0).float().mean(),
+            "cooling/rejected_avg_logp": avg_logps.mean(),
+            "cooling/margin": objectives.cooled_margin(chosen, rejected, weights, self.beta).mean(),
+        }
+        for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
+            metrics[name].append(value)
+        if self.args.cooling_mode != "constant":
+            metrics["cooling/floor"].append(self.cooling_floor)
+            metrics["cooling/temperature"].append(self.cooling_temperature)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 (TRL's signature)
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """
+        As [`~trl.DPOTrainer`], but a loss that is not finite stops training.
+
+        Raises:
+            NonFiniteLossError: In training, on all ranks, if the loss of one is NaN or infinite.
+        """
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            loss = result[0] if return_outputs else result
+            stop_if_not_finite(self, loss, inputs, self._last_logps)
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As [`~trl.DPOTrainer`]; smallest and largest weights are those of all steps since the last log."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, extreme in EXTREMES.items():
+            if metrics.get(name):
+                metrics[name] = [extreme(metrics[name])]
+        super().log(logs, start_time)

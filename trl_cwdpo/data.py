@@ -1,0 +1,302 @@
+"""Preference data: what a pair must have to be trained on, and what happens to one that has not.
+
+Three kinds of pairs carry no preference and are left out, counted and named in one warning per dataset: those whose
+chosen or rejected response is empty, and those whose responses are identical. What cannot be repaired by leaving a pair
+out is an error: a missing column, a dataset without any usable pair, a pair whose response does not fit `max_length`.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+
+logger = logging.getLogger(__name__)
+
+REQUIRED_COLUMNS = ("chosen", "rejected")
+ROWS_SHOWN = 5
+EXCERPT_LENGTH = 80
+
+
+def response_text(response: str | list[dict[str, Any]] | None) -> str:
+    """
+    The text of a response, standard or conversational.
+
+    Args:
+        response (`str`, `list[dict]` or `None`):
+            A string, or messages whose `content` is a string or a list of parts. Of a whole conversation, the last
+            message counts.
+
+    Returns:
+        `str`, without surrounding white space.
+    """
+    if response is None:
+        return ""
+    if isinstance(response, str):
+        return response.strip()
+    content = response[-1].get("content") if response else None
+    if isinstance(content, list):
+        content = " ".join(part.get("text") or "" for part in content)
+    return (content or "").strip()
+
+
+def pair_problem(chosen: str | list[dict[str, Any]] | None, rejected: str | list[dict[str, Any]] | None) -> str | None:
+    """
+    Why a pair carries no preference.
+
+    Args:
+        chosen (`str` or `list[dict]`):
+            Chosen response.
+        rejected (`str` or `list[dict]`):
+            Rejected response.
+
+    Returns:
+        `str` or `None`: `"empty chosen response"`, `"empty rejected response"`, `"identical responses"`, or `None` for
+        a pair that can be trained on.
+    """
+    chosen_text, rejected_text = response_text(chosen), response_text(rejected)
+    if not chosen_text:
+        return "empty chosen response"
+    if not rejected_text:
+        return "empty rejected response"
+    return "identical responses" if chosen_text == rejected_text else None
+
+
+def check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
+    """
+    Raise if a dataset has no pairs, or lacks a column that every preference dataset has.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The dataset.
+        name (`str`):
+            What to call it in the error.
+
+    Raises:
+        ValueError: Naming the missing columns, those that are there, and the fix.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty: there is no pair to train on.")
+    missing = [column for column in REQUIRED_COLUMNS if column not in first]
+    if missing:
+        raise ValueError(
+            f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has {sorted(first)}. A "
+            "preference dataset needs 'chosen' and 'rejected', usually 'prompt', and 'images' (or 'image') where there "
+            "are pictures. Rename the columns, for example `dataset.rename_column('question', 'prompt')`."
+        )
+
+
+def drop_unusable_pairs(
+    dataset: Dataset | IterableDataset, name: str
+) -> tuple[Dataset | IterableDataset, dict[str, int]]:
+    """
+    Leave out the pairs that carry no preference.
+
+    A map-style dataset without such pairs is returned as it is, the same object; a streamed one is filtered as it is
+    read, and its warnings come as the pairs do.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Preference dataset.
+        name (`str`):
+            What to call it in warnings.
+
+    Returns:
+        `tuple`: the dataset, and how many pairs were left out for each reason (empty for a streamed dataset, whose
+        pairs are not known yet).
+
+    Raises:
+        ValueError: If a column is missing, or no usable pair is left.
+    """
+    check_columns(dataset, name)
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_StreamFilter(name), input_columns=list(REQUIRED_COLUMNS)), {}
+    rows: dict[str, list[int]] = {}
+    # Only the text columns are read, so that no picture is decoded
+    texts = dataset.select_columns(list(REQUIRED_COLUMNS))
+    pairs = (pair for batch in texts.iter(1000) for pair in zip(batch["chosen"], batch["rejected"], strict=True))
+    for index, (chosen, rejected) in enumerate(pairs):
+        problem = pair_problem(chosen, rejected)
+        if problem is not None:
+            rows.setdefault(problem, []).append(index)
+    if not rows:
+        return dataset, {}
+    unusable = {index for indices in rows.values() for index in indices}
+    reasons = "; ".join(f"{len(indices)} with {problem}: {_rows(indices)}" for problem, indices in rows.items())
+    if len(unusable) == len(dataset):
+        raise ValueError(f"The {name} dataset has no usable pair: {reasons}.")
+    logger.warning("Left out %d of %d pairs of the %s dataset (%s).", len(unusable), len(dataset), name, reasons)
+    kept = dataset.select([index for index in range(len(dataset)) if index not in unusable])
+    return kept, {problem: len(indices) for problem, indices in rows.items()}
+
+
+def _rows(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:ROWS_SHOWN]))
+    return f"row{'s' if len(indices) > 1 else ''} {shown}{', …' if len(indices) > ROWS_SHOWN else ''}"
+
+
+class _StreamFilter:
+    # A class rather than a closure, so that workers of a dataloader can unpickle it
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dropped: Counter[str] = Counter()
+
+    def __call__(self, chosen: Any, rejected: Any) -> bool:  # noqa: ANN401 (either format)
+        problem = pair_problem(chosen, rejected)
+        if problem is None:
+            return True
+        self.dropped[problem] += 1
+        count = sum(self.dropped.values())
+        # At 1, 2, 4, 8, …: a stream may hold millions of them
+        if count & (count - 1) == 0:
+            logger.warning("Left out %d pairs of the %s dataset so far: %s.", count, self.name, dict(self.dropped))
+        return False
+
+
+def drop_unusable_pairs_of_all(datasets: Any, name: str) -> tuple[Any, dict[str, dict[str, int]]]:  # noqa: ANN401
+    """
+    [`drop_unusable_pairs`] for whatever a trainer accepts: a dataset, a dictionary of datasets, or `None`.
+
+    Args:
+        datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict` or `None`):
+            The dataset or datasets.
+        name (`str`):
+            What to call it.
+
+    Returns:
+        `tuple`: the same without unusable pairs, and their counts by dataset.
+    """
+    if isinstance(datasets, Mapping):
+        cleaned = {key: drop_unusable_pairs(dataset, key) for key, dataset in datasets.items()}
+        return {key: kept for key, (kept, _) in cleaned.items()}, {key: count for key, (_, count) in cleaned.items()}
+    if not isinstance(datasets, (Dataset, IterableDataset)):
+        return datasets, {}
+    kept, counts = drop_unusable_pairs(datasets, name)
+    return kept, {name: counts}
+
+
+def with_image_list(example: dict[str, Any]) -> dict[str, Any]:
+    """
+    A copy of a row whose pictures stand in the column `images`, as a list, empty where there are none.
+
+    Args:
+        example (`dict`):
+            Row; left as it is.
+
+    Returns:
+        `dict`.
+    """
+    example = dict(example)
+    if "image" in example:
+        image = example.pop("image")
+        example["images"] = [] if image is None else [image]
+    elif "images" in example:
+        example["images"] = [image for image in example["images"] or [] if image is not None]
+    return example
+
+
+class PreferenceCollator:
+    """
+    Wraps a preference collator: accepts rows without pictures among rows with them, and refuses pairs that lose a
+    response to truncation.
+
+    Args:
+        collator (`Callable`):
+            A collator that returns `input_ids` and `completion_mask` of `2B` rows, chosen first, and may change the
+            examples it gets.
+        max_length (`int`, *optional*):
+            Named in errors.
+        chosen_labels (`bool`, *optional*, defaults to `False`):
+            Whether to add `labels` that cover the chosen responses only.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        max_length: int | None = None,
+        *,
+        chosen_labels: bool = False,
+    ) -> None:
+        self.collator = collator
+        self.max_length = max_length
+        self.chosen_labels = chosen_labels
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """
+        Collate.
+
+        Args:
+            examples (`list[dict]`):
+                Rows of the dataset.
+
+        Returns:
+            `dict` of tensors with `2B` rows.
+
+        Raises:
+            ValueError: If a response has no token left.
+        """
+        batch = self.collator([with_image_list(example) for example in examples])
+        self._check_lengths(batch["completion_mask"], examples)
+        if self.chosen_labels:
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+            labels[len(examples) :] = -100
+            batch["labels"] = labels
+        return batch
+
+    def _check_lengths(self, completion_mask: torch.Tensor, examples: list[dict[str, Any]]) -> None:
+        # The first position predicts nothing, so a token there does not count
+        empty = (completion_mask[:, 1:].sum(dim=1) == 0).nonzero().flatten().tolist()
+        if not empty:
+            return
+        side = "chosen" if empty[0] < len(examples) else "rejected"
+        example = examples[empty[0] % len(examples)]
+        text = excerpt(response_text(example.get("prompt"))) if "prompt" in example else "(tokenized)"
+        raise ValueError(
+            f"{len(empty)} response(s) of a batch have no token left after truncation to `max_length`="
+            f"{self.max_length}; the first is the {side} response to the prompt {text!r}. Raise `max_length`, set it to "
+            "None, or leave out such pairs."
+        )
+
+
+def excerpt(text: str, length: int = EXCERPT_LENGTH) -> str:
+    """
+    The beginning of a text on one line.
+
+    Args:
+        text (`str`):
+            Any text.
+        length (`int`, *optional*, defaults to `80`):
+            Longest result.
+
+    Returns:
+        `str`.
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def find_pair(rows: Iterable[dict[str, Any]], chosen_text: str, rejected_text: str) -> int | None:
+    """
+    Index of the pair whose responses were decoded to these texts, up to truncation.
+
+    Args:
+        rows (`Iterable[dict]`):
+            Rows with `chosen` and `rejected`.
+        chosen_text (`str`):
+            Decoded chosen response, without special tokens.
+        rejected_text (`str`):
+            Decoded rejected response, without special tokens.
+
+    Returns:
+        `int` or `None`: the first match.
+    """
+    wanted = (chosen_text.strip(), rejected_text.strip())
+    for index, row in enumerate(rows):
+        texts = (response_text(row["chosen"]), response_text(row["rejected"]))
+        if all(text == seen or (seen and text.startswith(seen)) for text, seen in zip(texts, wanted, strict=True)):
+            return index
+    return None

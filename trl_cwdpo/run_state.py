@@ -1,0 +1,43 @@
+"""What a run found out at its start and must not find out again: kept in `trainer_state.json` of every checkpoint."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+
+class RunState(TrainerCallback, ExportableState):
+    """
+    Numbers frozen at the start of a run, such as a calibration, saved and restored with the trainer's own state.
+
+    The trainer's state is the last file of a checkpoint to be written and is loaded on all ranks, so these numbers are
+    there exactly where the checkpoint is complete.
+
+    Args:
+        values (`dict[str, Any]`, *optional*):
+            Plain data for JSON.
+    """
+
+    def __init__(self, values: dict[str, Any] | None = None) -> None:
+        self.values = dict(values or {})
+
+    def state(self) -> dict[str, Any]:
+        """What transformers writes to `trainer_state.json`."""
+        return {"args": {"values": self.values}, "attributes": {}}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401 (transformers' signature)
+    ) -> None:
+        """Take over the values of the checkpoint that is resumed, if any."""
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        if stored:
+            self.values.update(stored["args"]["values"])
+
+    @classmethod
+    def of(cls, trainer: Any) -> "RunState":  # noqa: ANN401 (any transformers trainer)
+        """The trainer's own; looked up each time, since transformers may replace its callbacks on resume."""
+        return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, cls))
