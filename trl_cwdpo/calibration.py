@@ -146,8 +146,8 @@ def clamp_temperature(temperature: float, *, beta: float | None, median_length: 
             warning = (
                 f"`cooling_mode='loss'` needs a temperature below {limit:.3g} nats/token to cool easy negatives at "
                 f"`beta`={beta:g} and a median rejected length of {median_length:g} tokens, which is less than the "
-                f"smallest useful one, {low:g}; {low:g} is used. Set `cooling_mode='gate'`, which cools at any length, "
-                "or lower `beta`."
+                f"smallest useful one, {low:g}; {low:g} is used. Set `cooling_mode='gate'`, which cools at any "
+                "length, or lower `beta`."
             )
         high = max(low, min(high, limit))
     return min(max(temperature, low), high), warning
@@ -220,8 +220,8 @@ def calibrate(
         raise ValueError("`avg_logps` is empty: no rejected response was measured, so nothing can be calibrated.")
     if not np.isfinite(sample).all():
         raise ValueError(
-            f"{int((~np.isfinite(sample)).sum())} of {sample.size} average log-probabilities of rejected responses are "
-            "not finite: the model produces NaN or infinite logits before the first update. Check its weights and "
+            f"{int((~np.isfinite(sample)).sum())} of {sample.size} average log-probabilities of rejected responses "
+            "are not finite: the model produces NaN or infinite logits before the first update. Check its weights and "
             "dtype, or set `cooling_floor` and `cooling_temperature` to numbers."
         )
     (level_a, weight_a), (level_b, weight_b) = PRESETS[preset]

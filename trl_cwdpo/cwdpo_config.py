@@ -109,7 +109,7 @@ class CWDPOConfig(DPOConfig):
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
 
     def _check_ranges(self) -> None:
-        if self.cooling_temperature != "auto" and self.cooling_temperature <= 0:
+        if not isinstance(self.cooling_temperature, str) and self.cooling_temperature <= 0:
             raise ValueError(
                 f"`cooling_temperature` must be positive (nats per token), got {self.cooling_temperature}. For a hard "
                 "threshold use a small one, such as 0.01."
@@ -124,8 +124,9 @@ class CWDPOConfig(DPOConfig):
     def _check_combinations(self) -> None:
         if not self.cooling_stop_gradient and self.cooling_mode != "loss":
             raise ValueError(
-                f"`cooling_stop_gradient=False` has no meaning with `cooling_mode={self.cooling_mode!r}`, whose weight "
-                "has no gradient by definition. Use `cooling_mode='loss'` or leave `cooling_stop_gradient=True`."
+                f"`cooling_stop_gradient=False` has no meaning with `cooling_mode={self.cooling_mode!r}`, "
+                "whose weight has no gradient by definition. Use `cooling_mode='loss'`, or leave "
+                "`cooling_stop_gradient=True`."
             )
         if self.cooling_mode == "constant" and 0.0 < self.cooling_constant < self.cooling_min_weight:
             raise ValueError(
@@ -135,7 +136,7 @@ class CWDPOConfig(DPOConfig):
             )
         if self.cooling_mode != "off" and "aot" in self.loss_type:
             raise ValueError(
-                f"`loss_type='aot'` sorts policy and reference log-ratios apart, so no weight of a pair survives it; it "
-                f"cannot be combined with `cooling_mode={self.cooling_mode!r}`. Use `loss_type='aot_unpaired'` or "
+                "`loss_type='aot'` sorts policy and reference log-ratios apart, so no weight of a pair survives it; "
+                f"it cannot be combined with `cooling_mode={self.cooling_mode!r}`. Use `loss_type='aot_unpaired'` or "
                 "another loss, or `cooling_mode='off'`."
             )

@@ -1,18 +1,17 @@
 """Stage 2: `DPOTrainer` whose rejected log-ratio is cooled.
 
-The only change with respect to [`~trl.DPOTrainer`] is the reference that its loss sees: the reference log-probability
-of each rejected response is shifted so that the difference the loss reads is the cooled one (`objectives.py`,
-[`~trl_cwdpo.objectives.cooled_reference`]). Everything else, every loss type included, is TRL's own code. The weight is
-taken from the same forward pass, so cooling costs no extra pass through the model.
+The only change with respect to [`~trl.DPOTrainer`] is the reference that its loss sees: the reference's
+log-probability of each rejected response is shifted so that the difference the loss reads is the cooled one
+([`~trl_cwdpo.objectives.cooled_reference`]). Everything else, every loss type included, is TRL's own code. The weight
+comes from the same forward pass, so cooling costs no extra pass through the model.
 """
 
 import logging
-import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
@@ -28,9 +27,10 @@ from trl import DPOTrainer
 from . import objectives, upstream
 from .calibration import CoolingCalibration, calibrate
 from .cwdpo_config import CWDPOConfig
-from .data import PreferenceCollator, drop_unusable_pairs_of_all
+from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits
 from .faults import stop_if_not_finite
 from .initial_negatives import measure_initial_negatives
+from .paper import PAPER
 from .run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -77,20 +77,11 @@ class CWDPOTrainer(DPOTrainer):
     ```
     """
 
-    _tag_names = ["trl", "dpo", "cw-dpo", "trl-cwdpo"]
+    args: CWDPOConfig
+
+    _tag_names = ["trl", "dpo", "cw-dpo", "trl-cwdpo"]  # noqa: RUF012 (as TRL declares it)
     _name = "CW-DPO"
-    _paper = {
-        "title": "Learning Dynamics of VLM Finetuning",
-        "id": "2510.11978",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{yang2025learning,
-                title        = {{Learning Dynamics of VLM Finetuning}},
-                author       = {Jing Yang and Jusheng Zhang and Kaitong Cai and Keze Wang},
-                year         = 2025,
-                eprint       = {arXiv:2510.11978},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -99,12 +90,7 @@ class CWDPOTrainer(DPOTrainer):
         args: CWDPOConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset
-        | IterableDataset
-        | DatasetDict
-        | IterableDatasetDict
-        | dict[str, Dataset | IterableDataset]
-        | None = None,
+        eval_dataset: AnyDatasets = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -112,14 +98,8 @@ class CWDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else upstream.get_config_model_id(model.config)
-            args = CWDPOConfig(f"{name.rstrip('/').split('/')[-1]}-CWDPO")
-        if not isinstance(args, CWDPOConfig):
-            raise TypeError(f"`args` must be a `CWDPOConfig`, got a `{type(args).__name__}`. Change the class's name only.")
-        train_dataset, dropped = drop_unusable_pairs_of_all(train_dataset, "train")
-        eval_dataset, eval_dropped = drop_unusable_pairs_of_all(eval_dataset, "eval")
-        self.dropped_pairs: dict[str, dict[str, int]] = {**dropped, **eval_dropped}
+        args = upstream.resolve_config(CWDPOConfig, args, model, "CWDPO")
+        train_dataset, eval_dataset, self.dropped_pairs = drop_unusable_pairs_of_splits(train_dataset, eval_dataset)
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -148,15 +128,25 @@ class CWDPOTrainer(DPOTrainer):
 
     @property
     def cooling_floor(self) -> float:
-        """ℓ_floor in force, nats per token."""
-        floor = self.args.cooling_floor
-        return self.calibration.floor if floor == "auto" else floor
+        """ℓ_floor in force, nats per token; `"auto"` is known from the first step on."""
+        return self._in_force("cooling_floor", "floor")
 
     @property
     def cooling_temperature(self) -> float:
-        """τ in force, nats per token."""
-        temperature = self.args.cooling_temperature
-        return self.calibration.temperature if temperature == "auto" else temperature
+        """τ in force, nats per token; `"auto"` is known from the first step on."""
+        return self._in_force("cooling_temperature", "temperature")
+
+    def _in_force(self, option: str, calibrated: str) -> float:
+        value = getattr(self.args, option)
+        if value != "auto":
+            return value
+        if self.calibration is None:
+            raise RuntimeError(f"`{option}='auto'` is not known before the first step, which calibrates it.")
+        return getattr(self.calibration, calibrated)
+
+    @property
+    def _mode(self) -> objectives.CoolingMode:
+        return cast(objectives.CoolingMode, self.args.cooling_mode)
 
     def _calibrate_once(self, model: torch.nn.Module) -> None:
         args = self.args
@@ -215,7 +205,10 @@ class CWDPOTrainer(DPOTrainer):
         )
 
     def _compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool  # noqa: FBT001 (TRL's signature)
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,  # noqa: FBT001 (TRL's signature)
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if self.args.cooling_mode == "off":
             tap = upstream.PolicyTap(model, lambda outputs, _: self._remember_logps(outputs))
@@ -238,14 +231,15 @@ class CWDPOTrainer(DPOTrainer):
         return result
 
     def _remember_logps(self, outputs: upstream.FusedCausalLMOutput) -> None:
-        self._last_logps = outputs.log_probs.detach().sum(dim=1)
+        self._last_logps = upstream.per_token_logps(outputs).detach().sum(dim=1)
 
     def _reference_logps(
         self, completion_mask: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shift_mask = completion_mask[..., 1:]
-        log_probs = upstream.reference_forward(self, kwargs).log_probs[:, -shift_mask.size(1) :]
-        return objectives.sequence_logps(log_probs, shift_mask, self.ld_alpha).chunk(2)
+        log_probs = upstream.per_token_logps(upstream.reference_forward(self, kwargs), shift_mask.size(1))
+        ref_chosen, ref_rejected = objectives.sequence_logps(log_probs, shift_mask, self.ld_alpha).chunk(2)
+        return ref_chosen, ref_rejected
 
     def _cool_pairs(
         self,
@@ -254,7 +248,7 @@ class CWDPOTrainer(DPOTrainer):
         references: tuple[torch.Tensor, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         shift_mask = completion_mask[..., 1:]
-        per_token_logps = outputs.log_probs[:, -shift_mask.size(1) :]
+        per_token_logps = upstream.per_token_logps(outputs, shift_mask.size(1))
         chosen, rejected = objectives.sequence_logps(per_token_logps, shift_mask, self.ld_alpha).chunk(2)
         avg_logps, lengths = objectives.average_logps(per_token_logps.chunk(2)[1], shift_mask.chunk(2)[1])
         self._check_amplification_once(lengths)
@@ -262,7 +256,7 @@ class CWDPOTrainer(DPOTrainer):
         ref_chosen, ref_rejected = references
         return {
             "ref_chosen": ref_chosen,
-            "cooled_ref": objectives.cooled_reference(rejected, ref_rejected, weights, self.args.cooling_mode),
+            "cooled_ref": objectives.cooled_reference(rejected, ref_rejected, weights, self._mode),
             "chosen_logratios": (chosen - ref_chosen).detach(),
             "rejected_logratios": (rejected - ref_rejected).detach(),
             "avg_logps": avg_logps.detach(),
@@ -274,7 +268,7 @@ class CWDPOTrainer(DPOTrainer):
         # One gathering for all; columns are made contiguous so that their means add up in TRL's order
         gathered = self.accelerator.gather(torch.stack([pairs[name].float() for name in names], dim=1))
         chosen, rejected, avg_logps, weights = (column.contiguous() for column in gathered.unbind(dim=1))
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics[upstream.metrics_mode(self)]
         # TRL took these from the shifted reference
         chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
         metrics["rewards/rejected"][-1] = rejected_rewards.mean().item()
@@ -310,14 +304,13 @@ class CWDPOTrainer(DPOTrainer):
             NonFiniteLossError: In training, on all ranks, if the loss of one is NaN or infinite.
         """
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training:
-            loss = result[0] if return_outputs else result
-            stop_if_not_finite(self, loss, inputs, self._last_logps)
+        if upstream.is_training(self):
+            stop_if_not_finite(self, result[0] if isinstance(result, tuple) else result, inputs, self._last_logps)
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As [`~trl.DPOTrainer`]; smallest and largest weights are those of all steps since the last log."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics[upstream.metrics_mode(self)]
         for name, extreme in EXTREMES.items():
             if metrics.get(name):
                 metrics[name] = [extreme(metrics[name])]

@@ -1,19 +1,23 @@
 """Preference data: what a pair must have to be trained on, and what happens to one that has not.
 
-Three kinds of pairs carry no preference and are left out, counted and named in one warning per dataset: those whose
-chosen or rejected response is empty, and those whose responses are identical. What cannot be repaired by leaving a pair
-out is an error: a missing column, a dataset without any usable pair, a pair whose response does not fit `max_length`.
+Pairs whose chosen or rejected response is empty, or whose responses are identical, carry no preference: they are left
+out, counted and named in one warning per dataset. What cannot be repaired by leaving a pair out is an error: a missing
+column, a dataset without any usable pair, a pair whose response does not fit `max_length`.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 logger = logging.getLogger(__name__)
+
+AnyDatasets: TypeAlias = (
+    Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
+)
 
 REQUIRED_COLUMNS = ("chosen", "rejected")
 ROWS_SHOWN = 5
@@ -83,9 +87,9 @@ def check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     missing = [column for column in REQUIRED_COLUMNS if column not in first]
     if missing:
         raise ValueError(
-            f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has {sorted(first)}. A "
-            "preference dataset needs 'chosen' and 'rejected', usually 'prompt', and 'images' (or 'image') where there "
-            "are pictures. Rename the columns, for example `dataset.rename_column('question', 'prompt')`."
+            f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has {sorted(first)}. "
+            "A preference dataset needs 'chosen' and 'rejected', usually 'prompt', and 'images' (or 'image') where "
+            "there are pictures. Rename the columns, for example `dataset.rename_column('question', 'prompt')`."
         )
 
 
@@ -157,26 +161,32 @@ class _StreamFilter:
         return False
 
 
-def drop_unusable_pairs_of_all(datasets: Any, name: str) -> tuple[Any, dict[str, dict[str, int]]]:  # noqa: ANN401
+def drop_unusable_pairs_of_splits(
+    train: Dataset | IterableDataset | None, evaluation: AnyDatasets
+) -> tuple[Any, Any, dict[str, dict[str, int]]]:
     """
-    [`drop_unusable_pairs`] for whatever a trainer accepts: a dataset, a dictionary of datasets, or `None`.
+    [`drop_unusable_pairs`] for what a trainer accepts.
 
     Args:
-        datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict` or `None`):
-            The dataset or datasets.
-        name (`str`):
-            What to call it.
+        train ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Training data.
+        evaluation ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or dictionary of them, *optional*):
+            Evaluation data.
 
     Returns:
-        `tuple`: the same without unusable pairs, and their counts by dataset.
+        `tuple`: both without unusable pairs, and how many were left out, by dataset and reason.
     """
-    if isinstance(datasets, Mapping):
-        cleaned = {key: drop_unusable_pairs(dataset, key) for key, dataset in datasets.items()}
-        return {key: kept for key, (kept, _) in cleaned.items()}, {key: count for key, (_, count) in cleaned.items()}
-    if not isinstance(datasets, (Dataset, IterableDataset)):
-        return datasets, {}
-    kept, counts = drop_unusable_pairs(datasets, name)
-    return kept, {name: counts}
+    counts: dict[str, dict[str, int]] = {}
+
+    def clean(dataset: Any, name: str) -> Any:  # noqa: ANN401 (what is no dataset is left to TRL's own checks)
+        if isinstance(dataset, Mapping):
+            return {key: clean(part, key) for key, part in dataset.items()}
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        dataset, counts[name] = drop_unusable_pairs(dataset, name)
+        return dataset
+
+    return clean(train, "train"), clean(evaluation, "eval"), counts
 
 
 def with_image_list(example: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +209,29 @@ def with_image_list(example: dict[str, Any]) -> dict[str, Any]:
     return example
 
 
+def chosen_inputs(inputs: dict[str, Any], *, trim: bool = False) -> dict[str, Any]:
+    """
+    The chosen half of a preference batch.
+
+    Args:
+        inputs (`dict` of tensors with `2B` rows):
+            Batch of a preference collator. Pictures are there twice, so half of their rows or patches are its own too.
+        trim (`bool`, *optional*, defaults to `False`):
+            Whether to cut off columns that hold padding of the rejected half only.
+
+    Returns:
+        `dict` of tensors with `B` rows.
+    """
+    half = {key: value[: len(value) // 2] if torch.is_tensor(value) else value for key, value in inputs.items()}
+    if trim:
+        width = inputs["attention_mask"].size(1)
+        used = int(half["attention_mask"].any(dim=0).nonzero().max()) + 1
+        for key, value in half.items():
+            if torch.is_tensor(value) and value.dim() == 2 and value.size(1) == width:
+                half[key] = value[:, :used]
+    return half
+
+
 class PreferenceCollator:
     """
     Wraps a preference collator: accepts rows without pictures among rows with them, and refuses pairs that lose a
@@ -212,6 +245,8 @@ class PreferenceCollator:
             Named in errors.
         chosen_labels (`bool`, *optional*, defaults to `False`):
             Whether to add `labels` that cover the chosen responses only.
+        chosen_only (`bool`, *optional*, defaults to `False`):
+            Whether to keep only the chosen half, as `SFTTrainer` would collate it.
     """
 
     def __init__(
@@ -220,10 +255,12 @@ class PreferenceCollator:
         max_length: int | None = None,
         *,
         chosen_labels: bool = False,
+        chosen_only: bool = False,
     ) -> None:
         self.collator = collator
         self.max_length = max_length
         self.chosen_labels = chosen_labels
+        self.chosen_only = chosen_only
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """
@@ -234,7 +271,7 @@ class PreferenceCollator:
                 Rows of the dataset.
 
         Returns:
-            `dict` of tensors with `2B` rows.
+            `dict` of tensors with `2B` rows, or `B` with `chosen_only`.
 
         Raises:
             ValueError: If a response has no token left.
@@ -245,6 +282,9 @@ class PreferenceCollator:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
             labels[len(examples) :] = -100
             batch["labels"] = labels
+        if self.chosen_only:
+            batch = chosen_inputs(batch, trim=True)
+            del batch["completion_mask"]
         return batch
 
     def _check_lengths(self, completion_mask: torch.Tensor, examples: list[dict[str, Any]]) -> None:
@@ -257,8 +297,8 @@ class PreferenceCollator:
         text = excerpt(response_text(example.get("prompt"))) if "prompt" in example else "(tokenized)"
         raise ValueError(
             f"{len(empty)} response(s) of a batch have no token left after truncation to `max_length`="
-            f"{self.max_length}; the first is the {side} response to the prompt {text!r}. Raise `max_length`, set it to "
-            "None, or leave out such pairs."
+            f"{self.max_length}; the first is the {side} response to the prompt {text!r}. Raise `max_length`, set it "
+            "to None, or leave out such pairs."
         )
 
 
@@ -279,24 +319,21 @@ def excerpt(text: str, length: int = EXCERPT_LENGTH) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def find_pair(rows: Iterable[dict[str, Any]], chosen_text: str, rejected_text: str) -> int | None:
+def find_pair(rows: Iterable[dict[str, Any]], texts: Mapping[str, str]) -> int | None:
     """
     Index of the pair whose responses were decoded to these texts, up to truncation.
 
     Args:
         rows (`Iterable[dict]`):
             Rows with `chosen` and `rejected`.
-        chosen_text (`str`):
-            Decoded chosen response, without special tokens.
-        rejected_text (`str`):
-            Decoded rejected response, without special tokens.
+        texts (`dict[str, str]`):
+            Decoded responses, without special tokens, by column: both or one of them.
 
     Returns:
         `int` or `None`: the first match.
     """
-    wanted = (chosen_text.strip(), rejected_text.strip())
+    wanted = {column: text.strip() for column, text in texts.items()}
     for index, row in enumerate(rows):
-        texts = (response_text(row["chosen"]), response_text(row["rejected"]))
-        if all(text == seen or (seen and text.startswith(seen)) for text, seen in zip(texts, wanted, strict=True)):
+        if all(seen and response_text(row[column]).startswith(seen) for column, seen in wanted.items()):
             return index
     return None

@@ -30,9 +30,9 @@ def stop_if_not_finite(
         loss (`torch.Tensor` of shape `()`):
             Loss of this micro-batch.
         inputs (`dict`):
-            The micro-batch, chosen rows first.
-        row_logps (`torch.Tensor` of shape `(2B,)`, *optional*):
-            Log-probability of each response, to tell the rows apart.
+            The micro-batch: chosen rows, then rejected rows, or chosen rows only.
+        row_logps (`torch.Tensor` of shape `(2B,)` or `(B,)`, *optional*):
+            Log-probability of each response, or of the chosen ones, to tell the rows apart.
 
     Raises:
         NonFiniteLossError: Naming the step, the rank, the rows and the last checkpoint.
@@ -53,32 +53,41 @@ def stop_if_not_finite(
         else "There is no checkpoint yet; start again"
     )
     raise NonFiniteLossError(
-        f"The loss of training step {step} is {loss.item()} on process {trainer.accelerator.process_index} (not finite "
-        f"on process {', '.join(map(str, ranks))} of {trainer.accelerator.num_processes}). {where} The weights were not "
-        f"updated with it. {advice} after removing these rows, or with a lower `learning_rate`, or in float32 instead "
-        "of half precision."
+        f"The loss of training step {step} is {loss.item()} on process {trainer.accelerator.process_index} (not "
+        f"finite on process {', '.join(map(str, ranks))} of {trainer.accelerator.num_processes}). {where} The weights "
+        f"were not updated with it. {advice} after removing these rows, or with a lower `learning_rate`, or in "
+        "float32 instead of half precision."
     )
 
 
 def _describe_rows(trainer: Any, inputs: dict[str, Any], row_logps: torch.Tensor | None) -> str:  # noqa: ANN401
-    input_ids, completion_mask = inputs["input_ids"], inputs["completion_mask"].bool()
-    pairs = input_ids.size(0) // 2
-    suspects = list(range(pairs))
-    if row_logps is not None and row_logps.numel() == 2 * pairs:
-        finite = torch.isfinite(row_logps).view(2, pairs).all(dim=0)
+    texts = _decode_responses(trainer, inputs)
+    suspects = list(range(len(texts)))
+    if row_logps is not None:
+        finite = torch.isfinite(row_logps).view(-1, len(texts)).all(dim=0)
         # Where every response is finite by itself, the loss overflowed and any pair may be the cause
         suspects = (~finite).nonzero().flatten().tolist() or suspects
     lines = []
     for pair in suspects[:ROWS_SHOWN]:
-        chosen, rejected = (
-            trainer._tokenizer.decode(input_ids[row][completion_mask[row]], skip_special_tokens=True)
-            for row in (pair, pair + pairs)
-        )
-        index = find_pair(_text_rows(trainer.train_dataset), chosen, rejected)
+        index = find_pair(_text_rows(trainer.train_dataset), texts[pair])
         name = "a row not found in the dataset" if index is None else f"row {index} of the training dataset"
-        lines.append(f"{name} (chosen {excerpt(chosen)!r}, rejected {excerpt(rejected)!r})")
+        responses = ", ".join(f"{side} {excerpt(text)!r}" for side, text in texts[pair].items())
+        lines.append(f"{name} ({responses})")
     more = len(suspects) - len(lines)
     return f"It comes from {'; '.join(lines)}{f'; and {more} more' if more else ''}."
+
+
+def _decode_responses(trainer: Any, inputs: dict[str, Any]) -> list[dict[str, str]]:  # noqa: ANN401
+    # A batch holds chosen rows, then rejected ones, or only chosen rows, which then have labels and no mask
+    both = "completion_mask" in inputs
+    mask = inputs["completion_mask"].bool() if both else inputs["labels"] != -100
+    texts = [
+        trainer._tokenizer.decode(ids[kept], skip_special_tokens=True)
+        for ids, kept in zip(inputs["input_ids"], mask, strict=True)
+    ]
+    pairs = len(texts) // 2 if both else len(texts)
+    columns = {"chosen": texts[:pairs], "rejected": texts[pairs:]} if both else {"chosen": texts}
+    return [{side: rows[pair] for side, rows in columns.items()} for pair in range(pairs)]
 
 
 def _text_rows(dataset: Any) -> Any:  # noqa: ANN401 (map-style or iterable)

@@ -1,8 +1,8 @@
 """Measure rejected responses before the first update, without touching the run.
 
-Both stages may take a number from the initial policy: the floor and temperature of the cooling, or the floor and ceiling
-of the gentle negatives' NLL. The pass below runs on all ranks, on a seeded sample of the training data, and leaves the
-training stream, the random state and the model's mode as they were.
+Both stages may take numbers from the initial policy: the floor and temperature of the cooling, or the floor and
+ceiling of the gentle negatives' NLL. The pass below runs on all ranks, on a seeded sample of the training data, and
+leaves the training stream, the random state and the model's mode as they were.
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,11 @@
 """The method: every loss of Cooling-Weighted DPO as a pure function of tensors.
 
-Source: *Learning Dynamics of VLM Finetuning* (arXiv 2510.11978), the "paper" below. What the paper leaves open, and what
-this project adds, is marked **ours** where it stands. Notation: a batch holds `B` preference pairs (x, y_w, y_l) of
-context, chosen and rejected response; S is the log-probability of a response (nats per sequence), L its number of
+Source: *Learning Dynamics of VLM Finetuning* (arXiv 2510.11978), the "paper" below. What the paper leaves open, and
+what this project adds, is marked **ours** where it stands. Notation: a batch holds `B` preference pairs (x, y_w, y_l)
+of context, chosen and rejected response; S is the log-probability of a response (nats per sequence), L its number of
 tokens, ℓ̄ = S / L (nats per token), Δ = S_policy − S_reference, w the cooling weight of the rejected response.
 
-Nothing here reads or writes anything, and nothing depends on a trainer. All functions are differentiable unless they
-say otherwise, vectorised over leading dimensions, and keep the dtype of their inputs.
+Nothing here depends on a trainer. All functions are differentiable unless they say otherwise.
 """
 
 import math
@@ -28,8 +27,7 @@ def sequence_logps(
 
     Args:
         per_token_logps (`torch.Tensor` of shape `(2B, T)`):
-            Log-probability of each token in nats, zero outside the completion. The first half of the rows holds the
-            chosen responses, the second half the rejected ones.
+            Log-probability of each token in nats, zero outside the completion; chosen rows first.
         completion_mask (`torch.Tensor` of shape `(2B, T)`):
             1 on completion tokens, 0 elsewhere, aligned with `per_token_logps`.
         ld_alpha (`float`, *optional*):
@@ -47,9 +45,7 @@ def sequence_logps(
     return (per_token_logps * completion_mask * token_weights).sum(dim=1)
 
 
-def average_logps(
-    per_token_logps: torch.Tensor, completion_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def average_logps(per_token_logps: torch.Tensor, completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Average token log-probability of each response, \\( \bar\ell = S / L \\), and its length.
 
@@ -135,9 +131,9 @@ def cooled_logratios(
     The rejected log-ratio as the loss sees it after cooling.
 
     - `"loss"` (the paper) and `"constant"` (the ablation "fixed w", equal to DPO-Shift): \\( w \Delta_l \\);
-    - `"gate"` (ours): \\( sg(\Delta_l) + sg(w)(\Delta_l - sg(\Delta_l)) \\), whose value is \\( \Delta_l \\) and whose
-      gradient is \\( w \nabla\Delta_l \\), so that the loss value and the chosen gradient are DPO's own and the rejected
-      gradient is exactly w times DPO's;
+    - `"gate"` (ours): \\( sg(\Delta_l) + sg(w)(\Delta_l - sg(\Delta_l)) \\), whose value is \\( \Delta_l \\) and
+      whose gradient is \\( w \nabla\Delta_l \\), so that the loss value and the chosen gradient are DPO's own and the
+      rejected gradient is exactly w times DPO's;
     - `"off"`: \\( \Delta_l \\).
 
     `weights` keeps its graph in `"loss"` mode: detach it (see [`cooling_weight`]) for the paper's form.
@@ -173,8 +169,8 @@ def cooled_reference(
     The reference that makes any DPO-type loss a cooled one (ours).
 
     Every loss reads the rejected response through \\( S_l - S^{ref}_l \\). Replacing the reference by
-    \\( S^{ref}_l + (1-w)(S_l - S^{ref}_l) \\), graph included, turns that difference into [`cooled_logratios`] in value
-    and gradient. With w = 1 the reference is returned unchanged, bit for bit.
+    \\( S^{ref}_l + (1-w)(S_l - S^{ref}_l) \\), graph included, turns that difference into [`cooled_logratios`] in
+    value and gradient. With w = 1 the reference is returned unchanged, bit for bit.
 
     Args:
         rejected_logps (`torch.Tensor` of shape `(B,)`):
@@ -257,15 +253,7 @@ def cooled_margin(
     """
     β(Δ_w − wΔ_l) of each pair, detached; the metric `cooling/margin`, in every mode.
 
-    Args:
-        chosen_logratios (`torch.Tensor` of shape `(B,)`):
-            Δ_w, nats per sequence.
-        rejected_logratios (`torch.Tensor` of shape `(B,)`):
-            Δ_l, nats per sequence.
-        weights (`torch.Tensor` of shape `(B,)` or `float`):
-            Cooling weights.
-        beta (`float`):
-            The loss's β.
+    Arguments as in [`cwdpo_loss`].
 
     Returns:
         `torch.Tensor` of shape `(B,)`.
@@ -287,17 +275,7 @@ def gradient_coefficients(
     DPO: −β(1−a) and +β(1−a), a = σ(β(Δ_w − Δ_l)). `"loss"`: −β(1−a′) and +wβ(1−a′), a′ = σ(β(Δ_w − wΔ_l)).
     `"gate"`: −β(1−a) and +wβ(1−a).
 
-    Args:
-        chosen_logratios (`torch.Tensor` of shape `(B,)`):
-            Δ_w, nats per sequence.
-        rejected_logratios (`torch.Tensor` of shape `(B,)`):
-            Δ_l, nats per sequence.
-        weights (`torch.Tensor` of shape `(B,)` or `float`):
-            Cooling weights.
-        beta (`float`):
-            The loss's β.
-        mode (`str`, *optional*, defaults to `"loss"`):
-            See [`cooled_logratios`].
+    Arguments as in [`cwdpo_loss`].
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: two tensors of shape `(B,)`, per nat.
@@ -318,15 +296,7 @@ def rejected_gradient_ratio(
     R < 1 cools, R > 1 amplifies. In the tail of easy negatives R behaves like ½·exp(|d|(βL − 1/τ)), d = Δ_l/L: the
     literal loss cools only where β·L·τ < 1, because shrinking Δ_l also removes DPO's own saturation.
 
-    Args:
-        chosen_logratios (`torch.Tensor` of shape `(B,)`):
-            Δ_w, nats per sequence.
-        rejected_logratios (`torch.Tensor` of shape `(B,)`):
-            Δ_l, nats per sequence.
-        weights (`torch.Tensor` of shape `(B,)` or `float`):
-            Cooling weights.
-        beta (`float`):
-            The loss's β.
+    Arguments as in [`cwdpo_loss`].
 
     Returns:
         `torch.Tensor` of shape `(B,)`.
@@ -346,18 +316,7 @@ def undetached_gradient_factor(
 
     Its sign flips where d < −τ/(1−w): the loss then *raises* the rejected response.
 
-    Args:
-        rejected_logratios (`torch.Tensor` of shape `(B,)`):
-            Δ_l, nats per sequence.
-        lengths (`torch.Tensor` of shape `(B,)`):
-            L, tokens.
-        weights (`torch.Tensor` of shape `(B,)`):
-            Cooling weights.
-        temperature (`float`):
-            τ, nats per token.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`.
+    Takes Δ_l (nats per sequence), L (tokens) and w of shape `(B,)`, and τ (nats per token).
     """
     return weights * (1.0 + (1.0 - weights) * rejected_logratios / lengths / temperature)
 
@@ -366,16 +325,7 @@ def amplification_risk(beta: float, length: float, temperature: float) -> float:
     """
     β·L·τ, the number that decides whether `"loss"` mode cools (< 1) or amplifies (≥ 1) easy negatives (ours).
 
-    Args:
-        beta (`float`):
-            The loss's β, per nat.
-        length (`float`):
-            Typical length L of the rejected responses, tokens.
-        temperature (`float`):
-            τ, nats per token.
-
-    Returns:
-        `float`: dimensionless.
+    Takes β (per nat), a typical length L of the rejected responses (tokens) and τ (nats per token).
     """
     return beta * length * temperature
 
@@ -402,38 +352,24 @@ def smoothed_nll(nll: torch.Tensor, smoothing_gap: torch.Tensor, epsilon: float)
     return nll + epsilon * smoothing_gap
 
 
-def hinge_below(nll: torch.Tensor, floor: float | torch.Tensor) -> torch.Tensor:
-    """
-    ReLU(C − n⁻): positive while a rejected response is more likely than the floor C allows (the paper's body).
-
-    Args:
-        nll (`torch.Tensor`):
-            Mean NLL n⁻, nats per token.
-        floor (`float` or `torch.Tensor`):
-            C, nats per token.
-
-    Returns:
-        `torch.Tensor`, same shape.
-    """
-    return torch.relu(floor - nll)
-
-
 def band_penalty(
     nll: torch.Tensor,
     floor: float | torch.Tensor,
-    ceiling: float | torch.Tensor,
+    ceiling: float | torch.Tensor = math.inf,
     weight: float = 1.0,
     ceiling_weight: float | None = None,
 ) -> torch.Tensor:
     """
     λ·ReLU(C_lo − n⁻) + γ·ReLU(n⁻ − C_hi): keeps rejected responses neither too likely nor vanishing (ours).
 
+    With an infinite ceiling it is the hinge λ·ReLU(C − n⁻) of the paper's body.
+
     Args:
         nll (`torch.Tensor`):
             Mean NLL n⁻, nats per token.
         floor (`float` or `torch.Tensor`):
             C_lo, nats per token.
-        ceiling (`float` or `torch.Tensor`):
+        ceiling (`float` or `torch.Tensor`, *optional*, defaults to infinity):
             C_hi ≥ C_lo, nats per token.
         weight (`float`, *optional*, defaults to `1.0`):
             λ.
@@ -445,6 +381,42 @@ def band_penalty(
     """
     ceiling_weight = weight if ceiling_weight is None else ceiling_weight
     return weight * torch.relu(floor - nll) + ceiling_weight * torch.relu(nll - ceiling)
+
+
+def linearised_band_penalty(
+    nll: torch.Tensor,
+    mask: torch.Tensor,
+    batch_nll: torch.Tensor,
+    floor: float,
+    ceiling: float = math.inf,
+) -> torch.Tensor:
+    """
+    A micro-batch's part of the penalty on the mean NLL of the *global* batch (the paper's hinge of the batch mean).
+
+    Whether the penalty acts is decided by the global mean, detached; where it acts it is linear, so the parts of all
+    micro-batches and ranks, divided by the number of tokens of the global batch, add up to it in value and gradient.
+
+    Args:
+        nll (`torch.Tensor` of shape `(B, T)`):
+            NLL of the rejected tokens, nats.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 on completion tokens.
+        batch_nll (`torch.Tensor` of shape `()`):
+            Mean over all rejected tokens of the global batch, nats per token, without graph.
+        floor (`float`):
+            C or C_lo, nats per token.
+        ceiling (`float`, *optional*, defaults to infinity):
+            C_hi, nats per token.
+
+    Returns:
+        `torch.Tensor` of shape `()`: a sum over tokens.
+    """
+    mask = mask.bool()
+    if batch_nll < floor:
+        return (floor - nll)[mask].sum()
+    if batch_nll > ceiling:
+        return (nll - ceiling)[mask].sum()
+    return nll.sum() * 0.0
 
 
 def gentle_negative_loss(
@@ -496,26 +468,27 @@ def gentle_negative_loss(
         return chosen_nll
     if negative_loss_type == "smoothed":
         if epsilon > 0 and smoothing_gap is None:
-            raise ValueError(f"`smoothing_gap` is required by 'smoothed' with `epsilon`={epsilon}; or set `epsilon=0`.")
+            raise ValueError(
+                f"`smoothing_gap` is required by 'smoothed' with `epsilon`={epsilon}; or set `epsilon=0`."
+            )
         negative = rejected_nll if smoothing_gap is None else smoothed_nll(rejected_nll, smoothing_gap, epsilon)
         return chosen_nll + negative_weight * negative
+    if negative_loss_type not in ("hinge", "band"):
+        raise ValueError(
+            f"`negative_loss_type` must be 'smoothed', 'hinge', 'band' or 'none', got {negative_loss_type!r}."
+        )
     if floor is None or (negative_loss_type == "band" and ceiling is None):
-        raise ValueError(f"`floor` (and `ceiling` for 'band') are required by {negative_loss_type!r}.")
-    if negative_loss_type == "hinge":
-        return chosen_nll + negative_weight * hinge_below(rejected_nll, floor)
-    if negative_loss_type == "band":
-        return chosen_nll + band_penalty(rejected_nll, floor, ceiling, negative_weight)
-    raise ValueError(
-        f"`negative_loss_type` must be 'smoothed', 'hinge', 'band' or 'none', got {negative_loss_type!r}."
-    )
+        raise ValueError(f"{negative_loss_type!r} needs `floor`{' and `ceiling`' * (negative_loss_type == 'band')}.")
+    high = math.inf if ceiling is None or negative_loss_type == "hinge" else ceiling
+    return chosen_nll + band_penalty(rejected_nll, floor, high, negative_weight)
 
 
 def equilibrium_negative_nll(negative_weight: float) -> float:
     """
     NLL of the rejected token at the minimum of −log p⁺ − γ·log p⁻ with p⁺ + p⁻ = 1: ln((1+γ)/γ).
 
-    The smoothed loss (ε = 0) settles there at a token where chosen and rejected part, which caps how far stage 1 lets a
-    negative collapse: 3.04 nats for γ = 0.05.
+    The smoothed loss (ε = 0) settles there at a token where chosen and rejected part, which caps how far stage 1 lets
+    a negative collapse: 3.04 nats for γ = 0.05.
 
     Args:
         negative_weight (`float`):

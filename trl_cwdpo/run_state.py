@@ -30,10 +30,11 @@ class RunState(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401 (transformers' signature)
+        **kwargs: Any,
     ) -> None:
         """Take over the values of the checkpoint that is resumed, if any."""
-        stored = state.stateful_callbacks.get(type(self).__name__)
+        callbacks: Any = state.stateful_callbacks  # declared as a list, which it is only before it is filled
+        stored = (callbacks or {}).get(type(self).__name__)
         if stored:
             self.values.update(stored["args"]["values"])
 

@@ -15,13 +15,13 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
@@ -31,20 +31,59 @@ __all__ = [
     "FusedCausalLMOutput",
     "PolicyTap",
     "add_smoothing_gap",
-    "get_config_model_id",
+    "chosen_outputs",
     "inner_model",
     "is_fused_call",
+    "is_training",
+    "metrics_mode",
+    "per_token_logps",
     "preference_collator",
     "prepare_preference_dataset",
     "reference_forward",
     "references_in_inputs",
     "replay",
+    "resolve_config",
+    "smoothing_gap",
 ]
+
+
+Config = TypeVar("Config", bound=TrainingArguments)
 
 
 def inner_model(trainer: Any) -> PreTrainedModel:  # noqa: ANN401 (any TRL trainer)
     """The transformers model of a trainer, without its PEFT wrapper."""
     return trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+
+
+def resolve_config(config_class: type[Config], args: Config | None, model: Any, suffix: str) -> Config:  # noqa: ANN401
+    """
+    The trainer's `args`, or a default configuration named after the model.
+
+    Args:
+        config_class (`type`):
+            Class that `args` must have.
+        args (`config_class`, *optional*):
+            What the user gave.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model, for the name of the output directory.
+        suffix (`str`):
+            Its ending.
+
+    Returns:
+        `config_class`.
+
+    Raises:
+        TypeError: If `args` is of another class.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return config_class(f"{name.rstrip('/').split('/')[-1]}-{suffix}")
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"`args` must be a `{config_class.__name__}`, got a `{type(args).__name__}`. The options are the same: "
+            "change the name of the class."
+        )
+    return args
 
 
 def is_fused_call(kwargs: dict[str, Any]) -> bool:
@@ -95,6 +134,52 @@ def replay(outputs: FusedCausalLMOutput, model: nn.Module) -> Callable[..., Any]
     return stand_in
 
 
+def per_token_logps(outputs: FusedCausalLMOutput, length: int | None = None) -> torch.Tensor:
+    """
+    Per-token log-probabilities of a fused forward.
+
+    Args:
+        outputs ([`FusedCausalLMOutput`]):
+            Its outputs.
+        length (`int`, *optional*):
+            Number of positions to keep: prompt-learning PEFT prepends virtual tokens, the real ones are the last.
+
+    Returns:
+        `torch.Tensor` of shape `(2B, length)`, nats per token, zero outside the labels.
+    """
+    if outputs.log_probs is None:
+        raise RuntimeError("The fused forward returned no `log_probs`: this version of TRL is not supported.")
+    return outputs.log_probs if length is None else outputs.log_probs[:, -length:]
+
+
+def smoothing_gap(outputs: FusedCausalLMOutput, length: int) -> torch.Tensor:
+    """
+    z_y − mean_v z_v of a forward through a model given [`add_smoothing_gap`].
+
+    Args:
+        outputs ([`FusedCausalLMOutput`]):
+            Its outputs.
+        length (`int`):
+            Number of positions to keep, from the end.
+
+    Returns:
+        `torch.Tensor` of shape `(2B, length)`, nats.
+    """
+    if not isinstance(outputs, SmoothedCausalLMOutput) or outputs.smoothing_gap is None:
+        raise RuntimeError("The fused forward returned no `smoothing_gap`: something replaced the model's forward.")
+    return outputs.smoothing_gap[:, -length:]
+
+
+def is_training(trainer: Any) -> bool:  # noqa: ANN401 (any TRL trainer)
+    """Whether the trainer is in a training step rather than in an evaluation."""
+    return bool(trainer.model.training)
+
+
+def metrics_mode(trainer: Any) -> str:  # noqa: ANN401 (any TRL trainer)
+    """Under which key TRL collects the metrics of now."""
+    return "train" if is_training(trainer) else "eval"
+
+
 def reference_forward(trainer: DPOTrainer, kwargs: dict[str, Any]) -> FusedCausalLMOutput:
     """
     The reference model's outputs for the call that the policy got.
@@ -113,13 +198,15 @@ def reference_forward(trainer: DPOTrainer, kwargs: dict[str, Any]) -> FusedCausa
     """
     # A frozen model needs no load-balancing loss
     kwargs = {key: value for key, value in kwargs.items() if key != "output_router_logits"}
-    adapter, model = contextlib.nullcontext(), trainer.ref_model
+    adapter: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    model: Any = trainer.ref_model
     if model is None:
         # The wrapped policy would run DDP's bookkeeping for a forward that has no backward
         model, peft_model = trainer.model, trainer.accelerator.unwrap_model(trainer.model)
         adapter = use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None)
-    checkpointing_kwargs = trainer.args.gradient_checkpointing_kwargs
-    with torch.no_grad(), disable_gradient_checkpointing(trainer.model, checkpointing_kwargs), adapter:
+    policy: Any = trainer.model
+    checkpointing_kwargs: Any = trainer.args.gradient_checkpointing_kwargs
+    with torch.no_grad(), disable_gradient_checkpointing(policy, checkpointing_kwargs), adapter:
         return model(**kwargs)
 
 
@@ -154,6 +241,24 @@ def preference_collator(trainer: Any) -> DataCollatorForPreference | DataCollato
         truncation_mode=args.truncation_mode,
         pad_to_multiple_of=args.pad_to_multiple_of,
     )
+
+
+def chosen_outputs(outputs: FusedCausalLMOutput, rows: int) -> FusedCausalLMOutput:
+    """
+    The first rows of a fused head's outputs.
+
+    Args:
+        outputs ([`FusedCausalLMOutput`]):
+            Outputs for at least `rows` rows.
+        rows (`int`):
+            How many to keep.
+
+    Returns:
+        [`FusedCausalLMOutput`], without the loss, which covers all rows.
+    """
+    per_token = ("log_probs", "entropy", "is_top1", "label_mask")
+    kept = {name: getattr(outputs, name)[:rows] for name in per_token}
+    return FusedCausalLMOutput(**kept, aux_loss=outputs.aux_loss)
 
 
 @dataclass
@@ -215,13 +320,18 @@ def add_smoothing_gap(model: PreTrainedModel) -> None:
 
 
 def _smoothing_gap(
-    hidden_states: torch.Tensor, labels: torch.Tensor, lm_head: nn.Module, scale: float, softcap: float | None
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    lm_head: Any,  # noqa: ANN401 (whatever holds the output embeddings)
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     # Prompt-learning PEFT prepends virtual tokens: the real ones are the last
     hidden_states = hidden_states[:, -labels.size(1) :][:, :-1].to(lm_head.weight.device)
     targets = labels[:, 1:].to(lm_head.weight.device)
     mask = targets != -100
-    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+    weight: Any = lm_head.weight
+    bias: Any = getattr(lm_head, "bias", None)
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
         bias = None if bias is None else bias.full_tensor()

@@ -1,0 +1,104 @@
+# Needs Python 3.11 or later and make. Everything is installed into VENV, through constraints.txt.
+#   make demo                      install, then show the package at work
+#   make test PYTHON=python3.12    another interpreter (remove the old environment first: make clean)
+
+PYTHON ?= python3
+VENV ?= .venv
+# Extra arguments for pytest, for example: make test PYTEST_ARGS="-k calibration -x"
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Whole files go to one process: module-scoped models are then built once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# What an installed environment depends on: a change of any of these installs again.
+INPUTS := pyproject.toml constraints.txt trl_cwdpo/_version.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two installs into one environment at a time would race.
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint format types build check-wheel clean
+
+help:
+	@echo "make demo         install and run the demonstration"
+	@echo "make test         quick tests on two processes"
+	@echo "make test-all     every test this machine can run, with the optional extras"
+	@echo "make lint         ruff: rules and format, changing nothing"
+	@echo "make format       ruff: repair what can be repaired"
+	@echo "make types        mypy"
+	@echo "make build        source distribution and wheel in dist/"
+	@echo "make check-wheel  install the wheel elsewhere and run the quick tests against it"
+	@echo "make clean        remove the environment, build results and caches"
+
+# --- Environment: one stamp per set of extras, so that a target installs only what it needs, and only once ---
+
+$(VENV)/.stamp-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: trl-cwdpo needs Python 3.11 or later, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "       Name another interpreter: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv." >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.stamp-core: $(VENV)/.stamp-python $(INPUTS)
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-python $(INPUTS)
+	$(PIP_INSTALL) --editable ".[test]"
+	@touch $@ $(VENV)/.stamp-core
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-python $(INPUTS)
+	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $@ $(VENV)/.stamp-core
+
+$(VENV)/.stamp-all: $(VENV)/.stamp-python $(INPUTS)
+	$(PIP_INSTALL) --editable ".[test,quantization,deepspeed,report,eval,examples]"
+	@touch $@ $(VENV)/.stamp-core $(VENV)/.stamp-test
+
+# --- Use ---
+
+demo: $(VENV)/.stamp-core
+	$(BIN)/trl-cwdpo demo
+
+# --- Checks ---
+
+test: $(VENV)/.stamp-test
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.stamp-all
+	$(PYTEST) $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.stamp-dev
+	$(BIN)/mypy
+
+# --- Distribution ---
+
+build: $(VENV)/.stamp-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# The wheel must stand on its own: an empty environment, outside the repository, with the tests but not the sources.
+# pyproject.toml goes along for pytest's settings only.
+check-wheel: build
+	@set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
+	$(PYTHON) -m venv "$$dir/venv"; \
+	wheel=$$(ls "$(CURDIR)"/dist/*.whl); \
+	"$$dir/venv/bin/python" -m pip install --quiet --constraint constraints.txt "$$wheel[test]"; \
+	cp -R tests pyproject.toml "$$dir"; \
+	cd "$$dir"; \
+	"$$dir/venv/bin/python" -c 'import trl_cwdpo; print("testing", trl_cwdpo.__version__, "at", trl_cwdpo.__file__)'; \
+	"$$dir/venv/bin/python" -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

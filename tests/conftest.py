@@ -1,0 +1,28 @@
+"""What every test relies on: no network, one thread per process, and accelerator tests only where there is one.
+
+Fixtures that several test files share belong below the settings.
+"""
+
+import os
+
+# Before anything imports huggingface_hub, which reads these once. Offline mode also keeps TRL's telemetry silent.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Test processes run side by side: more threads each would only make them wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked `gpu` on machines without an accelerator."""
+    if torch.accelerator.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an accelerator")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

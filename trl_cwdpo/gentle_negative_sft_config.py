@@ -1,0 +1,145 @@
+"""Options of stage 1: TRL's `SFTConfig` plus the gentle negatives."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .calibration import number_or_auto
+
+NEGATIVE_LOSS_TYPES = ("smoothed", "hinge", "band", "none")
+NEGATIVE_REDUCTIONS = ("sequence", "batch")
+# λ of the hinge acts only on too likely negatives, so it can be larger than γ, which acts always
+DEFAULT_NEGATIVE_WEIGHTS = {"smoothed": 0.05, "hinge": 0.1, "band": 0.1, "none": 0.0}
+
+
+@dataclass
+class GentleNegativeSFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`GentleNegativeSFTTrainer`].
+
+    This class includes only the parameters that are specific to gentle negatives. For all the others, and their
+    defaults, see [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+
+    Parameters:
+        negative_loss_type (`str`, *optional*, defaults to `"smoothed"`):
+            What the rejected responses add to the loss. `"smoothed"` (the paper's abstract): their label-smoothed
+            negative log-likelihood at a low weight, which keeps them from vanishing. `"hinge"` (the formula in the
+            paper's body): a penalty while they are more likely than a floor allows. `"band"`: both, a floor and a
+            ceiling. `"none"`: nothing, plain SFT on the chosen responses. The two forms of the paper pull in opposite
+            directions; which one its authors ran is not public.
+        negative_weight (`float`, *optional*):
+            Weight of that term. Defaults to `0.05` for `"smoothed"` and `0.1` for `"hinge"` and `"band"`.
+        negative_label_smoothing (`float`, *optional*, defaults to `0.1`):
+            Label smoothing ε of `"smoothed"`, in [0, 1).
+        negative_nll_floor (`float` or `str`, *optional*, defaults to `"auto"`):
+            Mean negative log-likelihood, in nats per token, below which a rejected response is penalised by `"hinge"`
+            and `"band"`. `"auto"`: first quartile of up to 256 rejected responses before the first update.
+        negative_nll_ceiling (`float` or `str`, *optional*, defaults to `"auto"`):
+            The same from above, for `"band"`. `"auto"`: third quartile.
+        negative_reduction (`str`, *optional*, defaults to `"sequence"`):
+            Over what `"hinge"` and `"band"` take their mean before the penalty: each `"sequence"`, or the global
+            `"batch"` (the paper's hinge of the batch mean). `"smoothed"` is a mean over all rejected tokens.
+    """
+
+    negative_loss_type: str = field(
+        default="smoothed",
+        metadata={
+            "help": "What the rejected responses add to the loss. 'smoothed': their label-smoothed negative "
+            "log-likelihood at a low weight. 'hinge': a penalty while they are more likely than a floor allows. "
+            "'band': a floor and a ceiling. 'none': nothing, plain SFT on the chosen responses.",
+            "choices": list(NEGATIVE_LOSS_TYPES),
+        },
+    )
+    negative_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the negatives' term. Defaults to 0.05 for 'smoothed', 0.1 for 'hinge' and 'band'."
+        },
+    )
+    negative_label_smoothing: float = field(
+        default=0.1,
+        metadata={"help": "Label smoothing of `negative_loss_type='smoothed'`, in [0, 1)."},
+    )
+    negative_nll_floor: float | str = field(
+        default="auto",
+        metadata={
+            "help": "Mean negative log-likelihood, in nats per token, below which 'hinge' and 'band' penalise a "
+            "rejected response. 'auto': first quartile of up to 256 rejected responses before the first update."
+        },
+    )
+    negative_nll_ceiling: float | str = field(
+        default="auto",
+        metadata={
+            "help": "Mean negative log-likelihood, in nats per token, above which 'band' penalises a rejected "
+            "response. 'auto': third quartile of the same sample."
+        },
+    )
+    negative_reduction: str = field(
+        default="sequence",
+        metadata={
+            "help": "Over what 'hinge' and 'band' take their mean before the penalty: each 'sequence' or the global "
+            "'batch'.",
+            "choices": list(NEGATIVE_REDUCTIONS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negative_loss_type not in NEGATIVE_LOSS_TYPES:
+            raise ValueError(
+                f"`negative_loss_type` must be one of {list(NEGATIVE_LOSS_TYPES)}, got {self.negative_loss_type!r}."
+            )
+        if self.negative_reduction not in NEGATIVE_REDUCTIONS:
+            raise ValueError(
+                f"`negative_reduction` must be one of {list(NEGATIVE_REDUCTIONS)}, got {self.negative_reduction!r}."
+            )
+        if self.negative_weight is None:
+            self.negative_weight = DEFAULT_NEGATIVE_WEIGHTS[self.negative_loss_type]
+        self.negative_nll_floor = number_or_auto("negative_nll_floor", self.negative_nll_floor)
+        self.negative_nll_ceiling = number_or_auto("negative_nll_ceiling", self.negative_nll_ceiling)
+        self._check_negative_ranges()
+        self._check_inherited_options()
+
+    @property
+    def uses_negatives(self) -> bool:
+        """Whether the rejected responses take part in the loss at all."""
+        return self.negative_loss_type != "none" and self.negative_weight != 0.0
+
+    def _check_negative_ranges(self) -> None:
+        if self.negative_weight is None or self.negative_weight < 0:
+            raise ValueError(f"`negative_weight` must not be negative, got {self.negative_weight}.")
+        if not 0.0 <= self.negative_label_smoothing < 1.0:
+            raise ValueError(f"`negative_label_smoothing` must lie in [0, 1), got {self.negative_label_smoothing}.")
+        floor, ceiling = self.negative_nll_floor, self.negative_nll_ceiling
+        numbers = isinstance(floor, float) and isinstance(ceiling, float)
+        if self.negative_loss_type == "band" and numbers and float(floor) > float(ceiling):
+            raise ValueError(
+                f"`negative_nll_floor`={floor} lies above `negative_nll_ceiling`={ceiling}: no rejected response "
+                "could be inside the band. Swap them."
+            )
+
+    def _check_inherited_options(self) -> None:
+        reasons = {
+            "packing": "pairs are not packed",
+            "eval_packing": "pairs are not packed",
+            "padding_free": "pairs are padded",
+            "assistant_only_loss": "the loss covers the response, which is what `chosen` and `rejected` hold",
+        }
+        for name, reason in reasons.items():
+            if getattr(self, name):
+                raise ValueError(f"`{name}=True` is not supported by stage 1: {reason}. Set `{name}=False`.")
+        if self.completion_only_loss is False:
+            raise ValueError(
+                "`completion_only_loss=False` is not supported by stage 1: prompt tokens are shared by both responses "
+                "and take no part in the loss. Leave it unset."
+            )
+        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
+            raise ValueError(
+                "`dataset_kwargs={'skip_prepare_dataset': True}` is not supported by stage 1, which tokenizes the "
+                "pairs itself. Pass the preference dataset as it is, with `chosen` and `rejected` columns."
+            )
+        if self.label_smoothing_factor > 0:
+            raise ValueError(
+                f"`label_smoothing_factor`={self.label_smoothing_factor} would smooth the chosen responses through "
+                "full logits, which stage 1 does not build. To smooth the negatives, use `negative_label_smoothing`."
+            )
