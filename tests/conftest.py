@@ -26,3 +26,39 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    """Folder of a tiny text model and its tokenizer."""
+    import tiny
+
+    return tiny.save_text_model(tmp_path_factory.mktemp("text_model"))
+
+
+@pytest.fixture(scope="session")
+def moe_model(tmp_path_factory):
+    """Folder of a tiny mixture-of-experts model."""
+    import tiny
+
+    return tiny.save_text_model(tmp_path_factory.mktemp("moe_model"), moe=True)
+
+
+@pytest.fixture(scope="session")
+def vision_model(tmp_path_factory):
+    """Folder of the shapes model, untrained, with its processor."""
+    from trl_cwdpo.shapes import build_model, build_processor
+
+    folder = tmp_path_factory.mktemp("vision_model")
+    processor = build_processor()
+    build_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def vision_pairs():
+    """A few preference pairs with pictures."""
+    from trl_cwdpo.shapes import build_dataset
+
+    return build_dataset(num_train=24, num_test=8, seed=0)

@@ -259,7 +259,10 @@ class GentleNegativeSFTTrainer(SFTTrainer):
         if self.args.uses_negatives:
             result, logps = self._compute_pair_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
-            result, logps = super().compute_loss(model, inputs, return_outputs, num_items_in_batch), None
+            seen: list[torch.Tensor] = []
+            tap = upstream.PolicyTap(model, lambda outputs, _: seen.append(upstream.per_token_logps(outputs)))
+            result = super().compute_loss(tap, inputs, return_outputs, num_items_in_batch)
+            logps = seen[0].detach().sum(dim=1)
         if upstream.is_training(self):
             stop_if_not_finite(self, result[0] if isinstance(result, tuple) else result, inputs, logps)
         return result

@@ -40,9 +40,10 @@ def sequence_logps(
         return per_token_logps.sum(dim=1)
     position = completion_mask.cumsum(dim=1)
     chosen_lengths, rejected_lengths = completion_mask.sum(dim=1).chunk(2)
-    shared_lengths = torch.minimum(chosen_lengths, rejected_lengths).repeat(2).unsqueeze(1)
-    token_weights = torch.where(position <= shared_lengths, 1.0, ld_alpha)
-    return (per_token_logps * completion_mask * token_weights).sum(dim=1)
+    beyond = position > torch.minimum(chosen_lengths, rejected_lengths).repeat(2).unsqueeze(1)
+    # Two sums, as `DPOTrainer` takes them, so that both agree to the last bit
+    shared = (per_token_logps * ((position > 0) & ~beyond)).sum(dim=1)
+    return shared + ld_alpha * (per_token_logps * beyond).sum(dim=1)
 
 
 def average_logps(per_token_logps: torch.Tensor, completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

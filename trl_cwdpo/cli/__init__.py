@@ -1,0 +1,98 @@
+"""The command line `trl-cwdpo`: a table of commands, each imported only when it is called.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage. A command is a function that takes the arguments after its name and
+returns the exit code. It raises [`CommandError`] for a failure that the user can mend, and lets everything else
+propagate with its traceback.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from trl_cwdpo._version import __version__
+from trl_cwdpo.cli.errors import CommandError
+
+PROGRAM = "trl-cwdpo"
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Command(NamedTuple):
+    """
+    One command.
+
+    Args:
+        help (`str`):
+            What it does, in one line.
+        target (`str`):
+            Where it is, as `module:function`.
+    """
+
+    help: str
+    target: str
+
+    def load(self) -> Callable[[Sequence[str]], int]:
+        """Import the function."""
+        module, function = self.target.split(":")
+        return getattr(import_module(module), function)
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("both stages beside plain DPO on a toy task, in minutes and offline", "trl_cwdpo.cli.demo:main"),
+    "env": Command("print versions and devices, for bug reports", "trl_cwdpo.cli.env:main"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            The arguments; those of the process by default.
+
+    Returns:
+        `int`: The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # All up to the command's name is ours, all after it is the command's.
+    position = next((index for index, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    try:
+        name = _command_name(arguments[: position + 1])
+        return COMMANDS[name].load()(arguments[position + 1 :])
+    except SystemExit as stop:  # argparse's way to end after --help (0) and after wrong usage (2)
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except CommandError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _command_name(arguments: list[str]) -> str:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Cooling-Weighted DPO and gentle-negative SFT for vision-language models, on top of TRL.",
+        epilog=f"'{PROGRAM} COMMAND --help' explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, command in COMMANDS.items():
+        # The command parses what follows its name, --help included.
+        commands.add_parser(name, help=command.help, add_help=False)
+    last = arguments[-1] if arguments else "-"
+    if not last.startswith("-") and last not in COMMANDS:
+        parser.error(_unknown(last))
+    chosen = parser.parse_args(arguments).command
+    if chosen is None:
+        parser.error(f"no command given; use one of {', '.join(COMMANDS)}")
+    return chosen
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), COMMANDS, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(COMMANDS)}."
+    return f"unknown command '{name}'; {hint}"
