@@ -282,21 +282,21 @@ def test_a_dictionary_of_evaluation_sets_is_cleaned_by_key(container, caplog):
     _, cleaned, counts = drop_unusable_pairs_of_splits(None, sets)
     assert {key: len(part) for key, part in cleaned.items()} == {"hard": 1, "easy": 1}
     assert cleaned["easy"] is sets["easy"]
-    assert counts == {"hard": {IDENTICAL: 1}, "easy": {}}
+    assert counts == {"eval/hard": {IDENTICAL: 1}, "eval/easy": {}}
     assert len(sets["hard"]) == 2
     (warning,) = warnings_of(caplog)
-    assert "of the hard dataset" in warning
+    assert "of the eval/hard dataset" in warning
 
 
 def test_a_dictionary_of_streams_is_cleaned_by_key():
     sets = IterableDatasetDict({"hard": stream(("a", "b"), ("c", "c"))})
     _, cleaned, counts = drop_unusable_pairs_of_splits(None, sets)
     assert [row["chosen"] for row in cleaned["hard"]] == ["a"]
-    assert counts == {"hard": {}}
+    assert counts == {"eval/hard": {}}
 
 
 def test_an_error_names_the_evaluation_set():
-    with pytest.raises(ValueError, match="hard dataset has no usable pair"):
+    with pytest.raises(ValueError, match="eval/hard dataset has no usable pair"):
         drop_unusable_pairs_of_splits(None, {"hard": dataset(("c", "c"))})
 
 
@@ -447,7 +447,7 @@ def test_chosen_inputs_trims_the_padding_of_the_longer_rejected_half():
         "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]),
         "pixel_values": torch.arange(20).view(10, 2),
     }
-    half = chosen_inputs(inputs, trim=True)
+    half = chosen_inputs(inputs, trim_to_multiple_of=1)
     assert half["input_ids"].tolist() == [[0, 1], [3, 4]]
     assert half["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert half["pixel_values"].shape == (5, 2)
@@ -456,7 +456,7 @@ def test_chosen_inputs_trims_the_padding_of_the_longer_rejected_half():
 def test_trimming_leaves_patches_alone_that_happen_to_be_as_wide_as_the_text():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     inputs = {"input_ids": mask.clone(), "attention_mask": mask, "pixel_values": torch.arange(24).view(8, 3)}
-    assert chosen_inputs(inputs, trim=True)["pixel_values"].shape == (4, 3)
+    assert chosen_inputs(inputs, trim_to_multiple_of=1)["pixel_values"].shape == (4, 3)
 
 
 # --- naming rows -----------------------------------------------------------------------------------------------------

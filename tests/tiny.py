@@ -7,7 +7,29 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "what is the colour of sky grass snow night sea it looks blue green white black red very not a bit".split()
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "colour",
+    "of",
+    "sky",
+    "grass",
+    "snow",
+    "night",
+    "sea",
+    "it",
+    "looks",
+    "blue",
+    "green",
+    "white",
+    "black",
+    "red",
+    "very",
+    "not",
+    "a",
+    "bit",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ ' <eos>' }}{% else %}{{ ' ' }}{% endif %}{% endfor %}"

@@ -67,7 +67,7 @@ class CoolingCalibration:
         return cls(**{**data, "warnings": tuple(data.get("warnings", ()))})
 
 
-def number_or_auto(name: str, value: float | str) -> float | str:
+def number_or_auto(name: str, value: float | str | None) -> float | str:
     """
     Read an option that is a number or `"auto"`, as it comes from Python, a command line or YAML.
 
@@ -86,7 +86,7 @@ def number_or_auto(name: str, value: float | str) -> float | str:
     if value == "auto":
         return value
     try:
-        number = float(value)
+        number = math.nan if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
@@ -140,13 +140,13 @@ def clamp_temperature(temperature: float, *, beta: float | None, median_length: 
     """
     low, high = TEMPERATURE_BOUNDS
     warning = None
-    if beta is not None:
+    if beta:
         limit = MAX_AMPLIFICATION / (beta * median_length)
         if limit < low:
             warning = (
-                f"`cooling_mode='loss'` needs a temperature below {limit:.3g} nats/token to cool easy negatives at "
-                f"`beta`={beta:g} and a median rejected length of {median_length:g} tokens, which is less than the "
-                f"smallest useful one, {low:g}; {low:g} is used. Set `cooling_mode='gate'`, which cools at any "
+                f"With `cooling_mode='loss'`, `beta`={beta:g} and a median rejected length of {median_length:g} "
+                f"tokens, cooling easy negatives with some room takes a temperature of {limit:.3g} nats/token, less than the "
+                f"smallest useful one; {low:g} is used. Set `cooling_mode='gate'`, which cools at any "
                 "length, or lower `beta`."
             )
         high = max(low, min(high, limit))
@@ -216,6 +216,8 @@ def calibrate(
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {sorted(PRESETS)}, got {preset!r}.")
     sample = np.asarray(avg_logps, dtype=np.float64)
+    if len(lengths) != sample.size:
+        raise ValueError(f"`lengths` has {len(lengths)} values for {sample.size} average log-probabilities.")
     if sample.size == 0:
         raise ValueError("`avg_logps` is empty: no rejected response was measured, so nothing can be calibrated.")
     if not np.isfinite(sample).all():

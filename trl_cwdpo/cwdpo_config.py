@@ -10,6 +10,10 @@ COOLING_MODES = ("loss", "gate", "constant", "off")
 COOLING_PRESETS = tuple(PRESETS)
 
 
+# `float | str | None` rather than `float | str`: command-line parsers keep such an option as text, which is then read
+# as a number or "auto"
+
+
 @dataclass
 class CWDPOConfig(DPOConfig):
     r"""
@@ -51,14 +55,14 @@ class CWDPOConfig(DPOConfig):
             "choices": list(COOLING_MODES),
         },
     )
-    cooling_floor: float | str = field(
+    cooling_floor: float | str | None = field(
         default="auto",
         metadata={
             "help": "Average token log-probability, in nats per token, at which a rejected response gets weight 1/2. "
             "'auto' solves it from a sample of rejected responses before the first update."
         },
     )
-    cooling_temperature: float | str = field(
+    cooling_temperature: float | str | None = field(
         default="auto",
         metadata={
             "help": "Temperature of the cooling weight, in nats per token. 'auto' solves it from the same sample as "
@@ -97,6 +101,8 @@ class CWDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # YAML reads a bare `off` as the boolean
+        self.cooling_mode = self.cooling_mode or "off"
         self.cooling_floor = number_or_auto("cooling_floor", self.cooling_floor)
         self.cooling_temperature = number_or_auto("cooling_temperature", self.cooling_temperature)
         self._check_choices()
@@ -109,7 +115,7 @@ class CWDPOConfig(DPOConfig):
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
 
     def _check_ranges(self) -> None:
-        if not isinstance(self.cooling_temperature, str) and self.cooling_temperature <= 0:
+        if isinstance(self.cooling_temperature, float) and self.cooling_temperature <= 0:
             raise ValueError(
                 f"`cooling_temperature` must be positive (nats per token), got {self.cooling_temperature}. For a hard "
                 "threshold use a small one, such as 0.01."

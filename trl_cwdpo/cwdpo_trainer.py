@@ -155,7 +155,9 @@ class CWDPOTrainer(DPOTrainer):
         if self.calibration is not None:
             return
         sample = measure_initial_negatives(self, model, args.cooling_calibration_size)
-        beta = self.beta if args.cooling_mode == "loss" else None
+        # A temperature given by hand is not ours to clamp
+        clamps = args.cooling_mode == "loss" and args.cooling_temperature == "auto"
+        beta = self.beta if clamps else None
         found = calibrate(sample.avg_logps, sample.lengths, preset=args.cooling_preset, beta=beta)
         RunState.of(self).values["cooling"] = found.to_dict()
         if self.accelerator.is_main_process:
@@ -280,7 +282,7 @@ class CWDPOTrainer(DPOTrainer):
             "cooling/weight_min": weights.min(),
             "cooling/weight_max": weights.max(),
             "cooling/easy_fraction": (weights < EASY_WEIGHT).float().mean(),
-            "cooling/filtered_fraction": (weights == 0.0).float().mean(),
+            "cooling/filtered_fraction": ((weights == 0.0) & (self.args.cooling_min_weight > 0.0)).float().mean(),
             "cooling/rejected_avg_logp": avg_logps.mean(),
             "cooling/margin": objectives.cooled_margin(chosen, rejected, weights, self.beta).mean(),
         }

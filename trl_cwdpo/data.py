@@ -21,6 +21,8 @@ AnyDatasets: TypeAlias = (
 
 REQUIRED_COLUMNS = ("chosen", "rejected")
 ROWS_SHOWN = 5
+# What a collator returns with one column a token; everything else belongs to the pictures
+TEXT_TENSORS = {"input_ids", "attention_mask", "completion_mask", "labels", "token_type_ids", "mm_token_type_ids"}
 EXCERPT_LENGTH = 80
 
 
@@ -36,14 +38,22 @@ def response_text(response: str | list[dict[str, Any]] | None) -> str:
     Returns:
         `str`, without surrounding white space.
     """
-    if response is None:
+    if not response:
         return ""
-    if isinstance(response, str):
-        return response.strip()
-    content = response[-1].get("content") if response else None
+    return response.strip() if isinstance(response, str) else _message_text(response[-1])
+
+
+def _message_text(message: dict[str, Any]) -> str:
+    content = message.get("content")
     if isinstance(content, list):
         content = " ".join(part.get("text") or "" for part in content)
-    return (content or "").strip()
+    # A call of a tool says something even without words
+    calls = message.get("tool_calls")
+    return f"{content or ''}{calls or ''}".strip()
+
+
+def _all_texts(response: str | list[dict[str, Any]]) -> list[str]:
+    return [response.strip()] if isinstance(response, str) else [_message_text(message) for message in response]
 
 
 def pair_problem(chosen: str | list[dict[str, Any]] | None, rejected: str | list[dict[str, Any]] | None) -> str | None:
@@ -60,12 +70,11 @@ def pair_problem(chosen: str | list[dict[str, Any]] | None, rejected: str | list
         `str` or `None`: `"empty chosen response"`, `"empty rejected response"`, `"identical responses"`, or `None` for
         a pair that can be trained on.
     """
-    chosen_text, rejected_text = response_text(chosen), response_text(rejected)
-    if not chosen_text:
+    if not chosen or not response_text(chosen):
         return "empty chosen response"
-    if not rejected_text:
+    if not rejected or not response_text(rejected):
         return "empty rejected response"
-    return "identical responses" if chosen_text == rejected_text else None
+    return "identical responses" if _all_texts(chosen) == _all_texts(rejected) else None
 
 
 def check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
@@ -81,16 +90,29 @@ def check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     Raises:
         ValueError: Naming the missing columns, those that are there, and the fix.
     """
-    first = next(iter(dataset), None)
-    if first is None:
+    columns = _columns(dataset)
+    if columns is None or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"The {name} dataset is empty: there is no pair to train on.")
-    missing = [column for column in REQUIRED_COLUMNS if column not in first]
+    missing = [column for column in REQUIRED_COLUMNS if column not in columns]
     if missing:
         raise ValueError(
-            f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has {sorted(first)}. "
-            "A preference dataset needs 'chosen' and 'rejected', usually 'prompt', and 'images' (or 'image') where "
-            "there are pictures. Rename the columns, for example `dataset.rename_column('question', 'prompt')`."
+            f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has "
+            f"{sorted(columns)}. A preference dataset needs 'chosen' and 'rejected', usually 'prompt', and 'images' "
+            "(or 'image') where there are pictures. Rename the columns, for example "
+            "`dataset.rename_column('question', 'prompt')`."
         )
+
+
+def _columns(dataset: Dataset | IterableDataset) -> list[str] | None:
+    # Names that are known are not read off a row, whose pictures would be decoded; a transform may make its own
+    if isinstance(dataset, Dataset) and not _is_transformed(dataset):
+        return list(dataset.column_names)
+    first = next(iter(dataset), None)
+    return None if first is None else list(first)
+
+
+def _is_transformed(dataset: Dataset | IterableDataset) -> bool:
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
 def drop_unusable_pairs(
@@ -120,10 +142,16 @@ def drop_unusable_pairs(
         return dataset.filter(_StreamFilter(name), input_columns=list(REQUIRED_COLUMNS)), {}
     rows: dict[str, list[int]] = {}
     # Only the text columns are read, so that no picture is decoded
-    texts = dataset.select_columns(list(REQUIRED_COLUMNS))
+    texts = dataset if _is_transformed(dataset) else dataset.with_format(None).select_columns(list(REQUIRED_COLUMNS))
     pairs = (pair for batch in texts.iter(1000) for pair in zip(batch["chosen"], batch["rejected"], strict=True))
     for index, (chosen, rejected) in enumerate(pairs):
-        problem = pair_problem(chosen, rejected)
+        try:
+            problem = pair_problem(chosen, rejected)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Row {index} of the {name} dataset: 'chosen' and 'rejected' must be strings or lists of messages "
+                f"(`{{'role': …, 'content': …}}`), got {excerpt(repr(chosen))} and {excerpt(repr(rejected))}."
+            ) from error
         if problem is not None:
             rows.setdefault(problem, []).append(index)
     if not rows:
@@ -180,7 +208,7 @@ def drop_unusable_pairs_of_splits(
 
     def clean(dataset: Any, name: str) -> Any:  # noqa: ANN401 (what is no dataset is left to TRL's own checks)
         if isinstance(dataset, Mapping):
-            return {key: clean(part, key) for key, part in dataset.items()}
+            return {key: clean(part, f"{name}/{key}") for key, part in dataset.items()}
         if not isinstance(dataset, (Dataset, IterableDataset)):
             return dataset
         dataset, counts[name] = drop_unusable_pairs(dataset, name)
@@ -201,34 +229,31 @@ def with_image_list(example: dict[str, Any]) -> dict[str, Any]:
         `dict`.
     """
     example = dict(example)
-    if "image" in example:
-        image = example.pop("image")
-        example["images"] = [] if image is None else [image]
-    elif "images" in example:
-        example["images"] = [image for image in example["images"] or [] if image is not None]
+    if "image" in example or "images" in example:
+        images = [example.pop("image", None), *(example.get("images") or [])]
+        example["images"] = [image for image in images if image is not None]
     return example
 
 
-def chosen_inputs(inputs: dict[str, Any], *, trim: bool = False) -> dict[str, Any]:
+def chosen_inputs(inputs: dict[str, Any], *, trim_to_multiple_of: int | None = None) -> dict[str, Any]:
     """
     The chosen half of a preference batch.
 
     Args:
         inputs (`dict` of tensors with `2B` rows):
             Batch of a preference collator. Pictures are there twice, so half of their rows or patches are its own too.
-        trim (`bool`, *optional*, defaults to `False`):
-            Whether to cut off columns that hold padding of the rejected half only.
+        trim_to_multiple_of (`int`, *optional*):
+            If given, columns that hold padding of the rejected half only are cut off, down to a multiple of it.
 
     Returns:
         `dict` of tensors with `B` rows.
     """
     half = {key: value[: len(value) // 2] if torch.is_tensor(value) else value for key, value in inputs.items()}
-    if trim:
-        width = inputs["attention_mask"].size(1)
+    if trim_to_multiple_of is not None:
         used = int(half["attention_mask"].any(dim=0).nonzero().max()) + 1
-        for key, value in half.items():
-            if torch.is_tensor(value) and value.dim() == 2 and value.size(1) == width:
-                half[key] = value[:, :used]
+        used = -(-used // trim_to_multiple_of) * trim_to_multiple_of
+        for key in TEXT_TENSORS & half.keys():
+            half[key] = half[key][:, :used]
     return half
 
 
@@ -283,7 +308,8 @@ class PreferenceCollator:
             labels[len(examples) :] = -100
             batch["labels"] = labels
         if self.chosen_only:
-            batch = chosen_inputs(batch, trim=True)
+            multiple = getattr(self.collator, "pad_to_multiple_of", None) or 1
+            batch = chosen_inputs(batch, trim_to_multiple_of=multiple)
             del batch["completion_mask"]
         return batch
 

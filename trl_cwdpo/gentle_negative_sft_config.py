@@ -1,5 +1,6 @@
 """Options of stage 1: TRL's `SFTConfig` plus the gentle negatives."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
@@ -60,14 +61,14 @@ class GentleNegativeSFTConfig(SFTConfig):
         default=0.1,
         metadata={"help": "Label smoothing of `negative_loss_type='smoothed'`, in [0, 1)."},
     )
-    negative_nll_floor: float | str = field(
+    negative_nll_floor: float | str | None = field(
         default="auto",
         metadata={
             "help": "Mean negative log-likelihood, in nats per token, below which 'hinge' and 'band' penalise a "
             "rejected response. 'auto': first quartile of up to 256 rejected responses before the first update."
         },
     )
-    negative_nll_ceiling: float | str = field(
+    negative_nll_ceiling: float | str | None = field(
         default="auto",
         metadata={
             "help": "Mean negative log-likelihood, in nats per token, above which 'band' penalises a rejected "
@@ -106,13 +107,20 @@ class GentleNegativeSFTConfig(SFTConfig):
         return self.negative_loss_type != "none" and self.negative_weight != 0.0
 
     def _check_negative_ranges(self) -> None:
-        if self.negative_weight is None or self.negative_weight < 0:
-            raise ValueError(f"`negative_weight` must not be negative, got {self.negative_weight}.")
+        if self.negative_weight is None or not 0.0 <= self.negative_weight < math.inf:
+            raise ValueError(f"`negative_weight` must be finite and not negative, got {self.negative_weight}.")
         if not 0.0 <= self.negative_label_smoothing < 1.0:
             raise ValueError(f"`negative_label_smoothing` must lie in [0, 1), got {self.negative_label_smoothing}.")
         floor, ceiling = self.negative_nll_floor, self.negative_nll_ceiling
-        numbers = isinstance(floor, float) and isinstance(ceiling, float)
-        if self.negative_loss_type == "band" and numbers and float(floor) > float(ceiling):
+        for name, value in (("negative_nll_floor", floor), ("negative_nll_ceiling", ceiling)):
+            if isinstance(value, float) and value <= 0:
+                raise ValueError(
+                    f"`{name}` must be positive, got {value}: it is a negative log-likelihood in nats per token, the "
+                    "negative of a log-probability."
+                )
+        if not isinstance(floor, float) or not isinstance(ceiling, float):
+            return
+        if self.negative_loss_type == "band" and floor > ceiling:
             raise ValueError(
                 f"`negative_nll_floor`={floor} lies above `negative_nll_ceiling`={ceiling}: no rejected response "
                 "could be inside the band. Swap them."

@@ -198,6 +198,12 @@ class GentleNegativeSFTTrainer(SFTTrainer):
             values[name] = float(np.quantile(nll, quartiles[name]))
             if self.accelerator.is_main_process:
                 logger.info("`%s` set to %.4f nats/token from %d rejected responses.", name, values[name], nll.size)
+        if self.args.negative_loss_type == "band" and self.negative_nll_floor > self.negative_nll_ceiling:
+            raise ValueError(
+                f"`negative_nll_floor`={self.negative_nll_floor:.4g} lies above `negative_nll_ceiling`="
+                f"{self.negative_nll_ceiling:.4g} nats per token, one of them 'auto' and taken from the first "
+                "responses: no rejected response could be inside the band. Set both to numbers."
+            )
 
     # --- the global batch -------------------------------------------------------------------------------------------
 

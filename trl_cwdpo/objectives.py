@@ -243,7 +243,7 @@ def cwdpo_loss(
     return CWDPOLoss(
         loss=per_pair_loss.mean(),
         per_pair_loss=per_pair_loss,
-        margin=cooled_margin(chosen_logratios, rejected_logratios, weights, beta),
+        margin=cooled_margin(chosen_logratios, rejected_logratios, 1.0 if mode == "off" else weights, beta),
     )
 
 
@@ -305,7 +305,7 @@ def rejected_gradient_ratio(
     # 1 − σ(z) = σ(−z); the ratio in log space stays finite where both saturate
     log_cooled = F.logsigmoid(-beta * (chosen_logratios - weights * rejected_logratios))
     log_plain = F.logsigmoid(-beta * (chosen_logratios - rejected_logratios))
-    return weights * torch.exp(log_cooled - log_plain)
+    return torch.exp(torch.as_tensor(weights).log() + log_cooled - log_plain)
 
 
 @torch.no_grad()
@@ -316,7 +316,6 @@ def undetached_gradient_factor(
     What replaces w in front of ∇S_l when w keeps its graph: w·[1 + (1−w)·d/τ], d = Δ_l/L.
 
     Its sign flips where d < −τ/(1−w): the loss then *raises* the rejected response.
-
     Takes Δ_l (nats per sequence), L (tokens) and w of shape `(B,)`, and τ (nats per token).
     """
     return weights * (1.0 + (1.0 - weights) * rejected_logratios / lengths / temperature)
@@ -325,7 +324,6 @@ def undetached_gradient_factor(
 def amplification_risk(beta: float, length: float, temperature: float) -> float:
     """
     β·L·τ, the number that decides whether `"loss"` mode cools (< 1) or amplifies (≥ 1) easy negatives (ours).
-
     Takes β (per nat), a typical length L of the rejected responses (tokens) and τ (nats per token).
     """
     return beta * length * temperature
@@ -356,7 +354,7 @@ def smoothed_nll(nll: torch.Tensor, smoothing_gap: torch.Tensor, epsilon: float)
 def band_penalty(
     nll: torch.Tensor,
     floor: float | torch.Tensor,
-    ceiling: float | torch.Tensor = math.inf,
+    ceiling: float = math.inf,
     weight: float = 1.0,
     ceiling_weight: float | None = None,
 ) -> torch.Tensor:
@@ -370,7 +368,7 @@ def band_penalty(
             Mean NLL n⁻, nats per token.
         floor (`float` or `torch.Tensor`):
             C_lo, nats per token.
-        ceiling (`float` or `torch.Tensor`, *optional*, defaults to infinity):
+        ceiling (`float`, *optional*, defaults to infinity):
             C_hi ≥ C_lo, nats per token.
         weight (`float`, *optional*, defaults to `1.0`):
             λ.
@@ -381,7 +379,8 @@ def band_penalty(
         `torch.Tensor`, same shape.
     """
     ceiling_weight = weight if ceiling_weight is None else ceiling_weight
-    return weight * torch.relu(floor - nll) + ceiling_weight * torch.relu(nll - ceiling)
+    below = weight * torch.relu(floor - nll)
+    return below if ceiling == math.inf else below + ceiling_weight * torch.relu(nll - ceiling)
 
 
 def linearised_band_penalty(
@@ -417,7 +416,7 @@ def linearised_band_penalty(
         return (floor - nll)[mask].sum()
     if batch_nll > ceiling:
         return (nll - ceiling)[mask].sum()
-    return nll.sum() * 0.0
+    return nll[mask].sum() * 0.0
 
 
 def gentle_negative_loss(

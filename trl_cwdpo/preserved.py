@@ -11,11 +11,12 @@ from torch import nn
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore the random state of Python, NumPy, torch and every initialised accelerator on exit."""
+    """Restore the random state of Python, NumPy, torch and its CUDA or XPU devices on exit."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    kind = "xpu" if torch.xpu.is_available() else "cuda"
+    devices = list(range(torch.accelerator.device_count())) if torch.get_device_module(kind).is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices, device_type=kind):
             yield
     finally:
         random.setstate(python_state)

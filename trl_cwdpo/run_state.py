@@ -35,6 +35,8 @@ class RunState(TrainerCallback, ExportableState):
         """Take over the values of the checkpoint that is resumed, if any."""
         callbacks: Any = state.stateful_callbacks  # declared as a list, which it is only before it is filled
         stored = (callbacks or {}).get(type(self).__name__)
+        # A list where transformers found several callbacks of one name
+        stored = stored[0] if isinstance(stored, list) else stored
         if stored:
             self.values.update(stored["args"]["values"])
 

@@ -120,7 +120,11 @@ def summary(report: Mapping[str, Any]) -> str:
     rows = [_row(LABELS[name], scores) for name, scores in report["models"].items()]
     legend = "\n".join(f"  {line}" for line in LEGEND.splitlines())
     texts = [*(f"Warning of the trainers: {note}" for note in report["notes"]), _comparison(report), _caution(report)]
-    return "\n\n".join([format_table(COLUMNS, rows), legend, *(textwrap.fill(text, TEXT_WIDTH) for text in texts)])
+    return "\n\n".join([format_table(COLUMNS, rows), legend, *map(_wrapped, texts)])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, TEXT_WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _comparison(report: Mapping[str, Any]) -> str:

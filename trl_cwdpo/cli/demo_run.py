@@ -24,7 +24,7 @@ from trl_cwdpo.gentle_negative_sft_config import GentleNegativeSFTConfig
 from trl_cwdpo.gentle_negative_sft_trainer import GentleNegativeSFTTrainer
 from trl_cwdpo.shapes.dataset import write_dataset
 from trl_cwdpo.shapes.evaluation import evaluate
-from trl_cwdpo.shapes.pretraining import pretrain
+from trl_cwdpo.shapes.pretraining import Recipe, pretrain
 from trl_cwdpo.shapes.publishing import MANIFEST
 
 STAGE1, DPO, CWDPO = "stage1", "dpo", "cw-dpo"
@@ -118,8 +118,9 @@ class Demo:
             splits = load_dataset(str(folder), cache_dir=str(cache / "arrow"))
         headline = f"Pretraining: tiny vision-language model from scratch, {settings.pretraining_steps} steps"
         with self.phases.phase("pretraining", headline) as lines:
-            name = f"tiny-vlm-{settings.pretraining_steps}-seed{settings.seed}"
-            model = pretrain(cache / name, steps=settings.pretraining_steps, seed=settings.seed)
+            name = f"tiny-vlm-{settings.pretraining_steps}-{settings.pretraining_scenes}-seed{settings.seed}"
+            recipe = Recipe(num_scenes=settings.pretraining_scenes)
+            model = pretrain(cache / name, steps=settings.pretraining_steps, seed=settings.seed, recipe=recipe)
             self._note_reuse("pretraining", model.path, lines, reused=model.reused)
         rows = splits["train"]
         return Material(
@@ -220,6 +221,7 @@ class Demo:
         history = trainer.state.log_history
         self.training[name] = {
             "first_loss": history[0]["loss"],
+            "first_logps_chosen": history[0].get("logps/chosen"),
             "mean_loss": _mean(history, "loss"),
             "gradient_norm_peak": max(entry["grad_norm"] for entry in history if "grad_norm" in entry),
         }
