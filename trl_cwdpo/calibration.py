@@ -145,8 +145,8 @@ def clamp_temperature(temperature: float, *, beta: float | None, median_length: 
         if limit < low:
             warning = (
                 f"With `cooling_mode='loss'`, `beta`={beta:g} and a median rejected length of {median_length:g} "
-                f"tokens, cooling easy negatives with some room takes a temperature of {limit:.3g} nats/token, less than the "
-                f"smallest useful one; {low:g} is used. Set `cooling_mode='gate'`, which cools at any "
+                f"tokens, cooling easy negatives with some room takes a temperature of {limit:.3g} nats/token, less "
+                f"than the smallest useful one; {low:g} is used. Set `cooling_mode='gate'`, which cools at any "
                 "length, or lower `beta`."
             )
         high = max(low, min(high, limit))
