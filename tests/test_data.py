@@ -203,8 +203,14 @@ def broken_image(tmp_path):
 
 def with_broken_images(path, *pairs):
     chosen, rejected = zip(*pairs, strict=True)
-    features = Features({"chosen": Value("string"), "rejected": Value("string"), "image": Image()})
-    columns = {"chosen": list(chosen), "rejected": list(rejected), "image": [path] * len(pairs)}
+    texts = dict.fromkeys(("prompt", "chosen", "rejected"), Value("string"))
+    features = Features({**texts, "image": Image()})
+    columns = {
+        "prompt": ["?"] * len(pairs),
+        "chosen": list(chosen),
+        "rejected": list(rejected),
+        "image": [path] * len(pairs),
+    }
     return Dataset.from_dict(columns, features=features)
 
 
@@ -494,3 +500,9 @@ def test_excerpt_is_one_line_of_at_most_the_given_length():
     assert excerpt("x" * 80) == "x" * 80
     assert excerpt("x" * 81) == "x" * 79 + "…"
     assert excerpt("what is the sky", length=7) == "what i…"
+
+
+def test_pictures_need_a_prompt():
+    rows = Dataset.from_dict({"question": ["a"], "chosen": ["b"], "rejected": ["c"], "image": [None]})
+    with pytest.raises(ValueError, match=r"no column 'prompt'; it has .*'question'"):
+        drop_unusable_pairs(rows, "train")

@@ -70,8 +70,8 @@ class CWDPOTrainer(DPOTrainer):
 
     >>> trainer = CWDPOTrainer(
     ...     model="Qwen/Qwen2.5-VL-3B-Instruct",
-    ...     args=CWDPOConfig(output_dir="out"),
-    ...     train_dataset=load_dataset("openbmb/RLAIF-V-Dataset", split="train"),
+    ...     args=CWDPOConfig(output_dir="out", max_length=None),
+    ...     train_dataset=load_dataset("HuggingFaceH4/rlaif-v_formatted", split="train"),
     ... )
     >>> trainer.train()
     ```

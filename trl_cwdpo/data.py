@@ -93,7 +93,9 @@ def check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     columns = _columns(dataset)
     if columns is None or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"The {name} dataset is empty: there is no pair to train on.")
-    missing = [column for column in REQUIRED_COLUMNS if column not in columns]
+    # Text-only data may hold its prompts within the responses; pictures belong to a prompt
+    required = ("prompt", *REQUIRED_COLUMNS) if {"image", "images"} & set(columns) else REQUIRED_COLUMNS
+    missing = [column for column in required if column not in columns]
     if missing:
         raise ValueError(
             f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has "

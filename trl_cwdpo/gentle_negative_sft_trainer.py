@@ -63,8 +63,8 @@ class GentleNegativeSFTTrainer(SFTTrainer):
 
     >>> trainer = GentleNegativeSFTTrainer(
     ...     model="Qwen/Qwen2.5-VL-3B-Instruct",
-    ...     args=GentleNegativeSFTConfig(output_dir="out"),
-    ...     train_dataset=load_dataset("openbmb/RLAIF-V-Dataset", split="train"),
+    ...     args=GentleNegativeSFTConfig(output_dir="out", max_length=None),
+    ...     train_dataset=load_dataset("HuggingFaceH4/rlaif-v_formatted", split="train"),
     ... )
     >>> trainer.train()
     ```
