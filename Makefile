@@ -34,6 +34,9 @@ help:
 # --- Environment: one stamp per set of extras, so that a target installs only what it needs, and only once ---
 
 $(VENV)/.stamp-python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: trl-cwdpo needs Python 3.11 or later, and there is no '$(PYTHON)' on this machine." >&2; \
+	  echo "       Name another interpreter: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: trl-cwdpo needs Python 3.11 or later, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "       Name another interpreter: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }

@@ -11,11 +11,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_cwdpo.data import (
     PreferenceCollator,
-    chosen_inputs,
     drop_unusable_pairs,
     drop_unusable_pairs_of_splits,
     excerpt,
     find_pair,
+    one_side,
     pair_problem,
     response_text,
     with_image_list,
@@ -434,26 +434,26 @@ def test_rows_are_not_changed_by_a_collator_that_changes_them():
 # --- the chosen half -------------------------------------------------------------------------------------------------
 
 
-def test_chosen_inputs_takes_the_first_half_of_rows_and_of_patches():
+def test_one_side_takes_the_first_half_of_rows_and_of_patches():
     inputs = {
         "input_ids": torch.arange(12).view(4, 3),
         "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]),
         "pixel_values": torch.arange(20).view(10, 2),
         "note": "kept",
     }
-    half = chosen_inputs(inputs)
+    half = one_side(inputs, "chosen")
     assert half["input_ids"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert half["pixel_values"].tolist() == inputs["pixel_values"][:5].tolist()
     assert half["note"] == "kept"
 
 
-def test_chosen_inputs_trims_the_padding_of_the_longer_rejected_half():
+def test_one_side_trims_the_padding_of_the_longer_rejected_half():
     inputs = {
         "input_ids": torch.arange(12).view(4, 3),
         "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]),
         "pixel_values": torch.arange(20).view(10, 2),
     }
-    half = chosen_inputs(inputs, trim_to_multiple_of=1)
+    half = one_side(inputs, "chosen", trim_to_multiple_of=1)
     assert half["input_ids"].tolist() == [[0, 1], [3, 4]]
     assert half["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert half["pixel_values"].shape == (5, 2)
@@ -462,7 +462,7 @@ def test_chosen_inputs_trims_the_padding_of_the_longer_rejected_half():
 def test_trimming_leaves_patches_alone_that_happen_to_be_as_wide_as_the_text():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     inputs = {"input_ids": mask.clone(), "attention_mask": mask, "pixel_values": torch.arange(24).view(8, 3)}
-    assert chosen_inputs(inputs, trim_to_multiple_of=1)["pixel_values"].shape == (4, 3)
+    assert one_side(inputs, "chosen", trim_to_multiple_of=1)["pixel_values"].shape == (4, 3)
 
 
 # --- naming rows -----------------------------------------------------------------------------------------------------

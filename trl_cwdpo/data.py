@@ -8,7 +8,7 @@ column, a dataset without any usable pair, a pair whose response does not fit `m
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -237,20 +237,25 @@ def with_image_list(example: dict[str, Any]) -> dict[str, Any]:
     return example
 
 
-def chosen_inputs(inputs: dict[str, Any], *, trim_to_multiple_of: int | None = None) -> dict[str, Any]:
+def one_side(
+    inputs: dict[str, Any], side: Literal["chosen", "rejected"], *, trim_to_multiple_of: int | None = None
+) -> dict[str, Any]:
     """
-    The chosen half of a preference batch.
+    The chosen or the rejected half of a preference batch.
 
     Args:
         inputs (`dict` of tensors with `2B` rows):
-            Batch of a preference collator. Pictures are there twice, so half of their rows or patches are its own too.
+            Batch of a preference collator. Pictures are there twice, so half of their rows or patches belong to it.
+        side (`str`):
+            `"chosen"` or `"rejected"`.
         trim_to_multiple_of (`int`, *optional*):
-            If given, columns that hold padding of the rejected half only are cut off, down to a multiple of it.
+            If given, columns that hold padding of the other half only are cut off, down to a multiple of it.
 
     Returns:
         `dict` of tensors with `B` rows.
     """
-    half = {key: value[: len(value) // 2] if torch.is_tensor(value) else value for key, value in inputs.items()}
+    index = ("chosen", "rejected").index(side)
+    half = {key: value.chunk(2)[index] if torch.is_tensor(value) else value for key, value in inputs.items()}
     if trim_to_multiple_of is not None:
         used = int(half["attention_mask"].any(dim=0).nonzero().max()) + 1
         used = -(-used // trim_to_multiple_of) * trim_to_multiple_of
@@ -311,7 +316,7 @@ class PreferenceCollator:
             batch["labels"] = labels
         if self.chosen_only:
             multiple = getattr(self.collator, "pad_to_multiple_of", None) or 1
-            batch = chosen_inputs(batch, trim_to_multiple_of=multiple)
+            batch = one_side(batch, "chosen", trim_to_multiple_of=multiple)
             del batch["completion_mask"]
         return batch
 

@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
 from . import objectives, upstream
-from .data import AnyDatasets, PreferenceCollator, chosen_inputs, drop_unusable_pairs_of_splits
+from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits, one_side
 from .faults import stop_if_not_finite
 from .gentle_negative_sft_config import GentleNegativeSFTConfig
 from .initial_negatives import measure_initial_negatives
@@ -243,8 +243,8 @@ class GentleNegativeSFTTrainer(SFTTrainer):
         total = torch.zeros((), device=self.accelerator.device)
         with preserved_random_state(), evaluation_mode(model), torch.no_grad():
             for batch in batches:
-                logps = upstream.per_token_logps(self._forward(model, self._prepare_inputs(batch)))
-                total = total - rejected_half(logps).sum()
+                rejected = one_side(self._prepare_inputs(batch), "rejected", trim_to_multiple_of=1)
+                total = total - upstream.per_token_logps(self._forward(model, rejected)).sum()
         return total
 
     # --- the loss ---------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class GentleNegativeSFTTrainer(SFTTrainer):
     ) -> tuple[torch.Tensor | tuple[torch.Tensor, Any], torch.Tensor]:
         self._calibrate_once(model)
         outputs = self._forward(model, inputs, smoothing=self._smooths)
-        sft_inputs = chosen_inputs(inputs)
+        sft_inputs = one_side(inputs, "chosen")
         del sft_inputs["completion_mask"]
         chosen = upstream.chosen_outputs(outputs, rows=len(sft_inputs["input_ids"]))
         stand_in = upstream.replay(chosen, model)

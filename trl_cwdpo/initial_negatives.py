@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import tqdm
 from datasets import Dataset
 
+from .data import one_side
 from .objectives import average_logps
 from .preserved import evaluation_mode, preserved_random_state
 
@@ -78,9 +80,10 @@ def measure_initial_negatives(trainer: Any, model: torch.nn.Module, size: int) -
         # which the gathering then leaves out
         per_rank = -(-len(rows) // world)
         mine = [rows[(rank + world * i) % len(rows)] for i in range(per_rank)]
-        batches = [
-            _measure(trainer, model, mine[start : start + batch_size]) for start in range(0, per_rank, batch_size)
-        ]
+        starts = tqdm(
+            range(0, per_rank, batch_size), desc="Measuring rejected responses", disable=trainer.args.disable_tqdm
+        )
+        batches = [_measure(trainer, model, mine[start : start + batch_size]) for start in starts]
         # Interleaved by rank, so that the repeated rows come last
         gathered = trainer.accelerator.gather(torch.cat(batches).unsqueeze(0))
     values = gathered.transpose(0, 1).reshape(-1, 2)[: len(rows)].double().cpu().numpy()
@@ -88,7 +91,7 @@ def measure_initial_negatives(trainer: Any, model: torch.nn.Module, size: int) -
 
 
 def _measure(trainer: Any, model: torch.nn.Module, rows: list[dict[str, Any]]) -> torch.Tensor:  # noqa: ANN401
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    inputs = one_side(trainer._prepare_inputs(trainer.data_collator(rows)), "rejected", trim_to_multiple_of=1)
     completion_mask = inputs["completion_mask"]
     labels = inputs["input_ids"].masked_fill(completion_mask == 0, -100)
     ours = {"completion_mask", "labels", "ref_chosen_logps", "ref_rejected_logps"}
@@ -96,4 +99,4 @@ def _measure(trainer: Any, model: torch.nn.Module, rows: list[dict[str, Any]]) -
     outputs = model(**model_inputs, labels=labels, use_cache=False, fused_lm_head=True)
     shift_mask = completion_mask[:, 1:]
     avg_logps, lengths = average_logps(outputs.log_probs[:, -shift_mask.size(1) :], shift_mask)
-    return torch.stack([avg_logps, lengths.to(avg_logps.dtype)], dim=1)[len(rows) :]
+    return torch.stack([avg_logps, lengths.to(avg_logps.dtype)], dim=1)
