@@ -224,7 +224,8 @@ def test_calibration_leaves_the_run_as_it_was(text_model, tmp_path, stream):
 
     def run(**numbers):
         data = tiny.pairs().to_iterable_dataset().shuffle(seed=1, buffer_size=8) if stream else tiny.pairs()
-        trainer = trainer_for(text_model, tmp_path, data, disable_dropout=False, **numbers)
+        dropout = {"disable_dropout": False, "model_init_kwargs": {"attention_dropout": 0.2}}
+        trainer = trainer_for(text_model, tmp_path, data, **dropout, **numbers)
         trainer.train()
         state = (torch.rand(3).tolist(), random.random(), np.random.rand())
         return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], state
