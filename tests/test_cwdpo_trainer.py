@@ -237,6 +237,14 @@ def test_calibration_leaves_the_run_as_it_was(text_model, tmp_path, stream):
     assert state == state_by_hand
 
 
+def test_calibration_is_not_blurred_by_dropout(text_model, tmp_path):
+    dropout = {"disable_dropout": False, "model_init_kwargs": {"attention_dropout": 0.5}}
+    trainers = [trainer_for(text_model, tmp_path, max_steps=1, **options) for options in ({}, dropout)]
+    for trainer in trainers:
+        trainer.train()
+    assert trainers[0].calibration == trainers[1].calibration
+
+
 def test_calibration_survives_a_resume(text_model, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
     whole = trainer_for(text_model, tmp_path, **options)
