@@ -393,6 +393,5 @@ class TestData:
 
     def test_image_tokens_truncated(self, vision_model, vision_pairs, tmp_path):
         args = CWDPOConfig(**tiny.training_options(tmp_path, max_length=10, max_steps=1))
-        trainer = CWDPOTrainer(vision_model, args=args, train_dataset=vision_pairs["train"])
         with pytest.raises(ValueError, match="max_length"):
-            trainer.train()
+            CWDPOTrainer(vision_model, args=args, train_dataset=vision_pairs["train"])

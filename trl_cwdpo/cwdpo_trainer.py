@@ -30,6 +30,7 @@ from .cwdpo_config import CWDPOConfig
 from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits
 from .faults import stop_if_not_finite
 from .initial_negatives import measure_initial_negatives
+from .lengths import drop_overlong_pairs
 from .paper import PAPER
 from .run_state import RunState
 
@@ -114,6 +115,8 @@ class CWDPOTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if data_collator is None:
+            drop_overlong_pairs(self)
         self.data_collator = PreferenceCollator(self.data_collator, args.max_length)
         self.add_callback(RunState())
         # Sequence log-probabilities of the last loss, to name the rows behind a loss that is not finite

@@ -30,6 +30,7 @@ from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits
 from .faults import stop_if_not_finite
 from .gentle_negative_sft_config import GentleNegativeSFTConfig
 from .initial_negatives import measure_initial_negatives
+from .lengths import drop_overlong_pairs
 from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
 from .run_state import RunState
@@ -115,6 +116,8 @@ class GentleNegativeSFTTrainer(SFTTrainer):
             peft_config=peft_config,
         )
         self._refuse_sequence_parallelism()
+        if data_collator is None:
+            drop_overlong_pairs(self)
         self._adapt(data_collator)
 
     def _adapt(self, data_collator: DataCollator | None) -> None:

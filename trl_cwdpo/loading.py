@@ -1,92 +1,183 @@
-"""Load preference data: from the hub, a saved dataset, a folder of images, or JSON lines that name image files.
+"""Load preference data: from the hub, a saved dataset, a folder of images, or tables that name image files.
 
-`datasets.load_dataset` covers most of it. What it leaves to the user is the plain folder with a table of pairs whose
-`image` or `images` column holds paths relative to the folder: here those become images, read when a row is.
+`datasets.load_dataset` covers most of it. What it leaves to the user happens here: paths in a table become images that
+are read when a row is; the layouts of [`~trl_cwdpo.formats`] become TRL's; and nothing in the data reaches for a file
+outside its folder or for the network. Pictures are neither decoded nor copied on the way.
 """
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     Image,
     IterableDataset,
     IterableDatasetDict,
     List,
     Value,
+    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
 
+from .data_arguments import DataArguments
+from .formats import LAYOUTS, convert, parse_columns, recognise, text_columns
+from .image_paths import check_embedded_images, locate, undecoded
+
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ScriptArguments
 
+Rows: TypeAlias = Dataset | IterableDataset
+Splits: TypeAlias = DatasetDict | IterableDatasetDict
+
 IMAGE_COLUMNS = ("image", "images")
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 # Words in a file's name that say which split it holds; a file without one is training data.
 SPLIT_WORDS = {"test": "test", "dev": "validation", "val": "validation", "valid": "validation"}
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# JSON files that describe a dataset rather than hold one
+DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+# How a picture may be stored without being declared one
+STORED_IMAGES = (
+    Value("binary"),
+    Value("large_binary"),
+    {"bytes": Value("binary"), "path": Value("string")},
+    {"path": Value("string"), "bytes": Value("binary")},
+)
+SAMPLED_ROWS = 16
+_NUM_IMAGES = "_num_images"
+_TEXT_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+_PART_MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 
 
 def dataset_from_arguments(
-    script: "ScriptArguments", mixture: "DatasetMixtureConfig"
-) -> DatasetDict | IterableDatasetDict:
-    """Load what a script's command line names: the `datasets` mixture of a config file, or `--dataset_name`."""
+    script: "ScriptArguments", mixture: "DatasetMixtureConfig", data: DataArguments | None = None
+) -> Splits:
+    """
+    Load what a script's command line names.
+
+    Args:
+        script ([`~trl.ScriptArguments`]):
+            Names the dataset.
+        mixture ([`~trl.DatasetMixtureConfig`]):
+            The `datasets` of a config file, where there are several.
+        data ([`DataArguments`], *optional*):
+            The layout of the data; recognised by default.
+
+    Returns:
+        `DatasetDict` or `IterableDatasetDict`.
+
+    Raises:
+        ValueError: If both or neither of `dataset_name` and `datasets` are given, or the data has no known layout.
+    """
     from trl import get_dataset
 
+    data = data or DataArguments()
     if mixture.datasets:
         if script.dataset_name:
             raise ValueError(
                 f"Both `datasets` and `dataset_name` ({script.dataset_name!r}) are given. Remove `dataset_name`, or "
                 "add it to `datasets`."
             )
-        return get_dataset(mixture)
+        return _in_trl_format(get_dataset(mixture), data.columns, root=_folder(data.image_folder))
     if not script.dataset_name:
         raise ValueError("No dataset is given. Set `dataset_name`, or `datasets` in a config file.")
-    return load_preference_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
+    return load_preference_dataset(
+        script.dataset_name,
+        script.dataset_config,
+        columns=data.columns,
+        image_folder=data.image_folder,
+        streaming=script.dataset_streaming,
+    )
 
 
 def load_preference_dataset(
-    name: str, config: str | None = None, *, streaming: bool = False
-) -> DatasetDict | IterableDatasetDict:
-    """Load the splits of a preference dataset by what `name` is.
+    name: str,
+    config: str | None = None,
+    *,
+    columns: dict[str, str] | str | None = None,
+    image_folder: str | None = None,
+    streaming: bool = False,
+    check_files: bool = True,
+) -> Splits:
+    """
+    Load the splits of a preference dataset by what `name` is.
 
     Args:
-        name: One of
-            - a JSON-lines file, or a folder with JSON-lines files in it: one pair a line. Paths in the columns
-              `image` and `images` are relative to the folder and become images. A file name with the word `test` or
-              `validation` (`val`, `valid`, `dev`) is that split, every other file is `train`;
+        name (`str`):
+            One of
+            - a JSON-lines, JSON or Parquet file, or a folder with such files in it: one pair a line or row. Paths in
+              the columns `image` and `images` are relative to the folder and become images. A file name with the word
+              `test` or `validation` (`val`, `valid`, `dev`) is that split, every other file is `train`;
             - a folder written by `save_to_disk`;
-            - anything else `datasets.load_dataset` takes: a folder of images with `metadata.jsonl`, a folder of
-              Parquet files, a dataset on the hub.
-        config: The configuration of a dataset on the hub, where it has several.
-        streaming: Read rows as they are needed.
+            - anything else `datasets.load_dataset` takes: a folder of images with `metadata.jsonl`, a folder with a
+              dataset card, a dataset on the hub.
+        config (`str`, *optional*):
+            The configuration of a dataset on the hub, where it has several.
+        columns (`dict[str, str]` or `str`, *optional*):
+            The layout, see [`DataArguments`]. By default, the columns stay as they are.
+        image_folder (`str`, *optional*):
+            Folder that paths of images are relative to and must stay inside of. Defaults to the folder of the data.
+            Links in it are followed.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows as they are needed.
+        check_files (`bool`, *optional*, defaults to `True`):
+            Whether to make sure that the images named in a table exist.
+
+    Returns:
+        `DatasetDict` or `IterableDatasetDict`.
+
+    Raises:
+        ValueError: If the data has no known layout, a row does not follow it, or an image is a URL or lies outside of
+            the folder.
+        FileNotFoundError: If an image is not there.
     """
+    columns = parse_columns(columns)
     path = Path(name)
-    files = _json_lines_files(path)
+    root = _folder(image_folder) or (_folder(path if path.is_dir() else path.parent) if path.exists() else None)
+    files = _tables(path)
     if files:
         if config is not None:
-            raise ValueError(
-                f"The JSON lines at {name!r} have no configurations: remove `dataset_config` ({config!r})."
-            )
-        splits = load_dataset("json", data_files=_files_by_split(files), streaming=streaming)
-        root = path if path.is_dir() else path.parent
-        return type(splits)({split: _read_images(rows, root.resolve()) for split, rows in splits.items()})
-    if (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(name)
-        if not streaming:
-            return saved
-        return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in saved.items()})
-    return load_dataset(name, name=config, streaming=streaming)
+            raise ValueError(f"The files at {name!r} have no configurations: remove `dataset_config` ({config!r}).")
+        splits = load_dataset(BUILDERS[files[0].suffix], data_files=_files_by_split(files), streaming=streaming)
+    elif (path / "dataset_dict.json").is_file():
+        splits = load_from_disk(name)
+        if streaming:
+            splits = IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
+    else:
+        splits = load_dataset(name, name=config, streaming=streaming)
+    return _in_trl_format(splits, columns, root=root, repository=None if path.exists() else name, check=check_files)
 
 
-def _json_lines_files(path: Path) -> list[Path]:
-    """The tables to read line by line; none where `datasets` understands the folder better than we do."""
+def _folder(path: str | Path | None) -> Path | None:
+    if path is None:
+        return None
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise NotADirectoryError(f"`image_folder`={str(path)!r} is no folder.")
+    return Path(os.path.abspath(folder))  # not `resolve`: a link to a folder is as good as the folder
+
+
+def _tables(path: Path) -> list[Path]:
+    """The tables to read file by file; none where `datasets` understands the folder better than we do."""
     if path.is_file():
-        return [path] if path.suffix in {".json", ".jsonl"} else []
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
+        return [path] if path.suffix in BUILDERS else []
+    if not path.is_dir() or (path / "dataset_dict.json").is_file():
+        return []
+    files = sorted(path.glob("*.jsonl"))
+    # Beside pictures, `datasets` would take no notice of them; a dataset card says itself how to read its files
+    if not files and not (path / "README.md").is_file():
+        files = sorted(path.glob("*.parquet"))
+    if not files and not any(path.rglob("*.parquet")):
+        files = sorted(file for file in path.glob("*.json") if file.name not in DESCRIPTIONS)
     return [] if any(_indexes_images(file) for file in files) else files
 
 
@@ -109,34 +200,177 @@ def _files_by_split(files: list[Path]) -> dict[str, list[str]]:
     return splits
 
 
-def _read_images(rows: Dataset | IterableDataset, root: Path) -> Dataset | IterableDataset:
-    """Turn the columns that hold paths of image files into columns of images."""
+def _in_trl_format(
+    splits: Splits,
+    columns: dict[str, str] | str | None,
+    *,
+    root: Path | None,
+    repository: str | None = None,
+    check: bool = True,
+) -> Splits:
+    converted = {}
+    for split, rows in splits.items():
+        rows = _with_columns(rows, columns, split)
+        rows = _read_images(rows, root, split, check=check, must=columns is not None)
+        image_columns = [name for name in IMAGE_COLUMNS if _is_image((rows.features or {}).get(name))]
+        converted[split] = check_embedded_images(rows, image_columns, root, repository, split)
+    return type(splits)(converted)
+
+
+# --- the layout of the columns ---------------------------------------------------------------------------------------
+
+
+def _with_columns(rows: Rows, columns: dict[str, str] | str | None, split: str) -> Rows:
+    """Rows in TRL's format."""
+    if columns is None or columns == "trl":
+        return rows
+    if rows.features is None:
+        rows = _with_features(rows)
+    rows = _renamed(rows, columns if isinstance(columns, dict) else {}, split)
+    sample = _sample_row(rows)
+    if sample is None:
+        return rows
+    layout = columns if isinstance(columns, str) and columns in LAYOUTS else recognise(sample)
+    vision = bool(set(IMAGE_COLUMNS) & set(sample))
+    if layout == "trl" and not (vision and all(isinstance(sample.get(column), str) for column in PAIR_COLUMNS)):
+        return rows
+    return _converted(rows, str(layout), split, vision=vision)
+
+
+def _with_features(rows: IterableDataset) -> IterableDataset:
+    """A stream whose features are known: those of its first row."""
+    first = list(rows.take(1))
+    return rows.cast(Dataset.from_list(first).features) if first else rows
+
+
+def _sample_row(rows: Rows) -> dict[str, Any] | None:
+    """What stands in each column, of the first rows, one of which may lack it; pictures are not decoded."""
+    names = list(rows.features or {})
+    texts = rows.select_columns([name for name in names if name not in IMAGE_COLUMNS])
+    first = list(islice(texts, SAMPLED_ROWS))
+    if not first:
+        return None
+    return {name: next((row[name] for row in first if row.get(name)), None) for name in names}
+
+
+def _renamed(rows: Rows, mapping: dict[str, str], split: str) -> Rows:
+    """Rows whose columns have our names; a column that had one of them and is not mapped itself gives way."""
+    features = rows.features
+    for ours, theirs in mapping.items():
+        if theirs not in features:
+            raise ValueError(
+                f"`columns` maps {ours!r} to {theirs!r}, and the {split} split has no such column; it has "
+                f"{sorted(features)}."
+            )
+    unmapped = [name for name in IMAGE_COLUMNS if name in features and not {name} & {*mapping, *mapping.values()}]
+    mapping = {**mapping, **{name: name for name in unmapped}}
+    names = {theirs: _fitting_name(ours, features[theirs]) for ours, theirs in mapping.items()}
+    in_the_way = [name for name in names.values() if name in features and name not in names]
+    rows = rows.remove_columns(in_the_way) if in_the_way else rows
+    changed = {theirs: ours for theirs, ours in names.items() if theirs != ours}
+    return rows.rename_columns(changed) if changed else rows
+
+
+def _fitting_name(name: str, feature: Any) -> str:  # noqa: ANN401 (a feature of `datasets`)
+    """`images` for a list of pictures and `image` for one, whichever of the two was meant."""
+    if name not in IMAGE_COLUMNS:
+        return name
+    return "images" if isinstance(feature, List) else "image"
+
+
+def _converted(rows: Rows, layout: str, split: str, *, vision: bool) -> Rows:
+    """Rows with `prompt`, `chosen` and `rejected` made of their text columns; the other columns are not touched."""
+    names = text_columns(layout, list(rows.features))
+    replaced = [name for name in rows.features if name in {*names, *PAIR_COLUMNS}]
+    features = Features(
+        prompt=_PART_MESSAGES if vision else _TEXT_MESSAGES, chosen=_TEXT_MESSAGES, rejected=_TEXT_MESSAGES
+    )
+    row_converter = partial(_convert_row, layout=layout, names=names, split=split, vision=vision)
+    if isinstance(rows, IterableDataset):
+        kept = Features({name: feature for name, feature in rows.features.items() if name not in replaced})
+        rows = undecoded(rows).map(row_converter, with_indices=True, remove_columns=replaced)
+        return rows.cast(Features({**kept, **features}))
+    texts = rows.select_columns(names)
+    if vision:
+        texts = texts.add_column(_NUM_IMAGES, list(_image_counts(rows)))
+    pairs = texts.map(row_converter, with_indices=True, remove_columns=texts.column_names, features=features)
+    rest = rows.remove_columns(replaced)
+    # Beside the pictures rather than together with them: mapping whole rows would write all pictures anew
+    return concatenate_datasets([rest, pairs], axis=1) if rest.column_names else pairs
+
+
+def _convert_row(
+    row: dict[str, Any], index: int, *, layout: str, names: list[str], split: str, vision: bool
+) -> dict[str, Any]:
+    images = row[_NUM_IMAGES] if _NUM_IMAGES in row else _count_images(row)
+    try:
+        return dict(convert(layout, {name: row[name] for name in names}, images=images, vision=vision))
+    except ValueError as error:
+        raise ValueError(f"Row {index} of the {split} split, read as '{layout}': {error}") from None
+
+
+def _count_images(row: dict[str, Any]) -> int:
+    return (row.get("image") is not None) + sum(image is not None for image in row.get("images") or [])
+
+
+def _image_counts(rows: Dataset) -> Iterator[int]:
+    """Number of pictures of each row, read off Arrow's bookkeeping."""
+    columns = [name for name in IMAGE_COLUMNS if name in rows.column_names]
+    for batch in rows.select_columns(columns).with_format("arrow").iter(1000):
+        yield from map(sum, zip(*(_counts_of(batch[name]) for name in columns), strict=True))
+
+
+def _counts_of(column: Any) -> list[int]:  # noqa: ANN401 (a column of Arrow's)
+    # Chunk by chunk: joining them would copy the pictures
+    if hasattr(column.type, "value_type"):
+        return [count or 0 for chunk in column.chunks for count in chunk.value_lengths().to_pylist()]
+    return [int(valid) for chunk in column.chunks for valid in chunk.is_valid().to_pylist()]
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _is_image(feature: Any) -> bool:  # noqa: ANN401 (a feature of `datasets`)
+    return isinstance(feature.feature if isinstance(feature, List) else feature, Image)
+
+
+def _read_images(rows: Rows, root: Path | None, split: str, *, check: bool, must: bool) -> Rows:
+    """Turn the columns that hold paths or bytes of image files into columns of images."""
+    if rows.features is None:
+        return rows
     features = rows.features.copy()
     for column in IMAGE_COLUMNS:
-        if features.get(column) == Value("string"):
-            features[column] = Image()
-        elif features.get(column) == List(Value("string")):
-            features[column] = List(Image())
-        else:
+        feature = features.get(column)
+        is_list = isinstance(feature, List)
+        inner = feature.feature if is_list else feature
+        if inner == Value("string") or inner == Value("large_string"):
+            if root is None:
+                if not must:
+                    continue
+                raise ValueError(
+                    f"The column {column!r} of the {split} split holds paths, and the data is in no local folder. "
+                    "Set `image_folder` to the folder that the paths are relative to."
+                )
+            absolute = partial(_absolute_paths, column=column, root=root, split=split, check=check)
+            rows = rows.map(absolute, with_indices=True)
+        elif inner not in STORED_IMAGES:
             continue
-        rows = rows.map(partial(_absolute_paths, column=column, root=root))
-    # Cast once, at the end: an iterable dataset does not know its columns after `map`, and decodes only what it knows.
-    return rows if features == rows.features else rows.cast(features)
+        features[column] = List(Image()) if is_list else Image()
+    changed = [name for name in IMAGE_COLUMNS if features.get(name) != (rows.features or {}).get(name)]
+    if isinstance(rows, IterableDataset):
+        # Cast at the end: it does not know its columns after `map`, and decodes only what it knows
+        return rows.cast(features) if changed else rows
+    for name in changed:
+        rows = rows.cast_column(name, features[name])
+    return rows
 
 
-def _absolute_paths(row: dict[str, Any], column: str, root: Path) -> dict[str, Any]:
+def _absolute_paths(
+    row: dict[str, Any], index: int, *, column: str, root: Path, split: str, check: bool
+) -> dict[str, Any]:
     """Resolve the path or the paths in one cell; a row may have none."""
     cell = row[column]
+    where = f"Row {index} of the {split} split, column {column!r}"
     if isinstance(cell, list):
-        return {column: [_locate(path, root) for path in cell]}
-    return {column: cell if cell is None else _locate(cell, root)}
-
-
-def _locate(path: str, root: Path) -> str:
-    """The absolute path of an image; a URL stays as it is."""
-    if "://" in path:
-        return path
-    located = root / path
-    if not located.is_file():
-        raise FileNotFoundError(f"The data names the image {path!r}, and there is no such file below {str(root)!r}.")
-    return str(located)
+        return {column: [locate(path, root, where, check=check) for path in cell]}
+    return {column: cell if cell is None else locate(cell, root, where, check=check)}
