@@ -34,10 +34,17 @@ from trl import (
 )
 
 from trl_cwdpo import CWDPOConfig, CWDPOTrainer
+from trl_cwdpo.data_arguments import DataArguments
 from trl_cwdpo.loading import dataset_from_arguments
 
 
-def main(script: ScriptArguments, args: CWDPOConfig, model: ModelConfig, mixture: DatasetMixtureConfig) -> None:
+def main(
+    script: ScriptArguments,
+    args: CWDPOConfig,
+    model: ModelConfig,
+    mixture: DatasetMixtureConfig,
+    data: DataArguments,
+) -> None:
     """Train, and save the model or the adapter in the output directory."""
     if model.model_name_or_path is None:
         raise ValueError("No model is given. Set `model_name_or_path`.")
@@ -48,7 +55,7 @@ def main(script: ScriptArguments, args: CWDPOConfig, model: ModelConfig, mixture
         "dtype": model.dtype,
         **overrides,
     }
-    dataset = dataset_from_arguments(script, mixture)
+    dataset = dataset_from_arguments(script, mixture, data)
     trainer = CWDPOTrainer(
         model=model.model_name_or_path,
         args=args,
@@ -67,6 +74,7 @@ def main(script: ScriptArguments, args: CWDPOConfig, model: ModelConfig, mixture
 
 
 if __name__ == "__main__":
+    options = (ScriptArguments, CWDPOConfig, ModelConfig, DatasetMixtureConfig, DataArguments)
     # TRL names a dataclass type by a NewType that no class has for mypy.
-    parser = TrlParser((ScriptArguments, CWDPOConfig, ModelConfig, DatasetMixtureConfig))  # type: ignore[arg-type]
+    parser = TrlParser(options)  # type: ignore[arg-type]
     main(*parser.parse_args_and_config())

@@ -22,11 +22,16 @@ from trl import (
 )
 
 from trl_cwdpo import GentleNegativeSFTConfig, GentleNegativeSFTTrainer
+from trl_cwdpo.data_arguments import DataArguments
 from trl_cwdpo.loading import dataset_from_arguments
 
 
 def main(
-    script: ScriptArguments, args: GentleNegativeSFTConfig, model: ModelConfig, mixture: DatasetMixtureConfig
+    script: ScriptArguments,
+    args: GentleNegativeSFTConfig,
+    model: ModelConfig,
+    mixture: DatasetMixtureConfig,
+    data: DataArguments,
 ) -> None:
     """Train, and save the model or the adapter in the output directory."""
     if model.model_name_or_path is None:
@@ -38,7 +43,7 @@ def main(
         "dtype": model.dtype,
         **overrides,
     }
-    dataset = dataset_from_arguments(script, mixture)
+    dataset = dataset_from_arguments(script, mixture, data)
     trainer = GentleNegativeSFTTrainer(
         model=model.model_name_or_path,
         args=args,
@@ -57,6 +62,7 @@ def main(
 
 
 if __name__ == "__main__":
+    options = (ScriptArguments, GentleNegativeSFTConfig, ModelConfig, DatasetMixtureConfig, DataArguments)
     # TRL names a dataclass type by a NewType that no class has for mypy.
-    parser = TrlParser((ScriptArguments, GentleNegativeSFTConfig, ModelConfig, DatasetMixtureConfig))  # type: ignore[arg-type]
+    parser = TrlParser(options)  # type: ignore[arg-type]
     main(*parser.parse_args_and_config())
