@@ -1,6 +1,7 @@
 """What this package assumes about TRL and transformers. A failure here says which assumption a new release broke."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -210,3 +211,20 @@ def test_default_configuration_is_named_after_the_model(name):
 def test_configuration_of_another_class_is_refused(tmp_path):
     with pytest.raises(TypeError, match="`args` must be a `CWDPOConfig`, got a `DPOConfig`"):
         upstream.resolve_config(CWDPOConfig, DPOConfig(**tiny.training_options(tmp_path)), "model", "CWDPO")
+
+
+class TestAccelerateConfigs:
+    @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "fsdp1", "fsdp2", "multi_gpu", "single_gpu"])
+    def test_names_become_files(self, name):
+        option, file = upstream.accelerate_config_words(name)
+        assert option == "--config_file"
+        assert Path(file).is_file()
+
+    def test_a_file_stays_what_it_is(self, tmp_path):
+        file = tmp_path / "mine.yaml"
+        file.write_text("num_processes: 2")
+        assert upstream.accelerate_config_words(str(file)) == ["--config_file", str(file)]
+
+    def test_anything_else_names_what_there_is(self):
+        with pytest.raises(ValueError, match="fsdp1, fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3"):
+            upstream.accelerate_config_words("zero9")

@@ -12,13 +12,14 @@ whose failures say which assumption a new release broke:
 
 import contextlib
 import functools
+import importlib.resources
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
@@ -27,13 +28,17 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_gather_lm_head_ctx, use_adapter
 
+from .probe_measures import OutputHead
+
 __all__ = [
     "FusedCausalLMOutput",
     "PolicyTap",
+    "accelerate_config_words",
     "add_smoothing_gap",
     "chosen_outputs",
     "inner_model",
     "is_fused_call",
+    "is_peft_model",
     "is_training",
     "metrics_mode",
     "per_token_logps",
@@ -43,7 +48,9 @@ __all__ = [
     "references_in_inputs",
     "replay",
     "resolve_config",
+    "scoring_forward",
     "smoothing_gap",
+    "unwrapped",
 ]
 
 
@@ -199,7 +206,7 @@ def reference_forward(trainer: DPOTrainer, kwargs: dict[str, Any]) -> FusedCausa
     # A frozen model needs no load-balancing loss
     kwargs = {key: value for key, value in kwargs.items() if key != "output_router_logits"}
     adapter: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    model: Any = trainer.ref_model
+    model: Any = getattr(trainer, "ref_model", None)  # a trainer of SFT has none
     if model is None:
         # The wrapped policy would run DDP's bookkeeping for a forward that has no backward
         model, peft_model = trainer.model, trainer.accelerator.unwrap_model(trainer.model)
@@ -360,3 +367,83 @@ def _gap_of_tokens(
     if bias is not None:
         gap = gap + bias[targets].float() - bias.mean(dtype=torch.float32)
     return scale * gap
+
+
+def accelerate_config_words(name: str) -> list[str]:
+    """
+    What `--accelerate_config` of TRL's command line means to `accelerate launch`.
+
+    Args:
+        name (`str`):
+            A file of accelerate's, or the name of one of TRL's.
+
+    Returns:
+        `list[str]`: Options of `accelerate launch`.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    # Only the command line needs it
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    try:
+        return resolve_accelerate_config_argument(["--accelerate_config", name])
+    except ValueError:
+        folder = importlib.resources.files("trl.accelerate_configs")
+        known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+        raise ValueError(
+            f"`accelerate_config`={name!r} is neither a file nor one of {', '.join(known)}. Name one of these, or a "
+            "file that `accelerate config` has written."
+        ) from None
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model within a model, without the wrappers of accelerate and PEFT."""
+    inner: Any = extract_model_from_parallel(model)
+    return inner.get_base_model() if is_peft_model(inner) else inner
+
+
+@contextlib.contextmanager
+def scoring_forward(
+    model: PreTrainedModel, score: Callable[[torch.Tensor, OutputHead], None], *, copy_head: bool = False
+) -> Iterator[None]:
+    """
+    For the duration, a forward of `model` shows the backbone's hidden states and its head to `score`, no logits made.
+
+    `score` runs within the forward, where FSDP and ZeRO-3 can gather the head; the forward itself returns nothing.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model without wrappers; call the wrapped one.
+        score (`Callable`):
+            Takes hidden states of shape `(B, T, D)`, those of virtual tokens of prompt-learning PEFT first, and the
+            head.
+        copy_head (`bool`, *optional*, defaults to `False`):
+            Whether `score` gets a head that stays valid after the forward, even of a sharded model.
+    """
+    text_config = model.config.get_text_config()
+    scale, softcap = logit_scale(text_config), getattr(text_config, "final_logit_softcapping", None)
+    before = vars(model).get("forward")
+
+    def forward(self: PreTrainedModel, *args: Any, labels: Any = None, **kwargs: Any) -> tuple[()]:  # noqa: ANN401
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        lm_head: Any = self.get_output_embeddings()
+        weight: Any = lm_head.weight
+        bias: Any = getattr(lm_head, "bias", None)
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+            bias = None if bias is None else bias.full_tensor()
+        with maybe_gather_lm_head_ctx(weight, bias):
+            if copy_head:
+                weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
+            score(hidden.to(weight.device), OutputHead(weight, bias, scale, softcap))
+        return ()
+
+    model.forward = types.MethodType(forward, model)
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before

@@ -1,12 +1,13 @@
 """The command line `trl-cwdpo`: a table of commands, each imported only when it is called.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage. A command is a function that takes the arguments after its name and
+Exit codes stand in `exit_codes.py`. A command is a function that takes the arguments after its name and
 returns the exit code. It raises [`CommandError`] for a failure that the user can mend, and lets everything else
 propagate with its traceback.
 """
 
 import argparse
 import difflib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,9 +15,9 @@ from typing import NamedTuple
 
 from trl_cwdpo._version import __version__
 from trl_cwdpo.cli.errors import CommandError
+from trl_cwdpo.cli.exit_codes import FAILED, of_signal
 
 PROGRAM = "trl-cwdpo"
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class Command(NamedTuple):
@@ -40,6 +41,9 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "sft": Command("train stage 1: SFT with gentle negatives", "trl_cwdpo.cli.train:sft"),
+    "cwdpo": Command("train stage 2: Cooling-Weighted DPO", "trl_cwdpo.cli.train:cwdpo"),
+    "audit": Command("read a dataset before training and report what is wrong", "trl_cwdpo.cli.audit:main"),
     "demo": Command("both stages beside plain DPO on a toy task, in minutes and offline", "trl_cwdpo.cli.demo:main"),
     "env": Command("print versions and devices, for bug reports", "trl_cwdpo.cli.env:main"),
 }
@@ -69,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return of_signal(signal.SIGINT)
 
 
 def _command_name(arguments: list[str]) -> str:
