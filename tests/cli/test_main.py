@@ -148,3 +148,11 @@ def test_env_names_versions_and_devices(capsys):
     assert lines["python"] == ".".join(map(str, sys.version_info[:3]))
     assert lines["platform"]
     assert lines["devices"]
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    command = f"{sys.executable} -m trl_cwdpo cwdpo --help | head -n 1"
+    shell = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert shell.stdout.startswith("usage: trl-cwdpo cwdpo")
+    assert shell.stderr == ""
+    assert shell.returncode in {0, 141}, "as a shell counts a closed pipe"

@@ -7,6 +7,7 @@ propagate with its traceback.
 
 import argparse
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -65,12 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     position = next((index for index, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
     try:
         name = _command_name(arguments[: position + 1])
-        return COMMANDS[name].load()(arguments[position + 1 :])
+        code = COMMANDS[name].load()(arguments[position + 1 :])
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:  # argparse's way to end after --help (0) and after wrong usage (2)
         return stop.code if isinstance(stop.code, int) else FAILED
     except CommandError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; what is still buffered must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return of_signal(signal.SIGPIPE)
     except KeyboardInterrupt:
         print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
         return of_signal(signal.SIGINT)
