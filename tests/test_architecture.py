@@ -21,13 +21,27 @@ REPOSITORY = Path(__file__).parent.parent
 # From the bottom up. A module imports from lower layers only: not sideways, not upwards. A folder counts as a module.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"_version"}),
-    frozenset({"objectives"}),
-    frozenset({"calibration", "data", "loading", "paper", "preserved", "upstream"}),
-    frozenset({"cwdpo_config", "gentle_negative_sft_config"}),
+    frozenset({"formats", "objectives", "probe_measures"}),
+    frozenset(
+        {"calibration", "data", "data_arguments", "image_paths", "paper", "preserved", "probe_records", "upstream"}
+    ),
+    frozenset({"cwdpo_config", "gentle_negative_sft_config", "probe_rows"}),
     # What the trainers are put together from.
-    frozenset({"faults", "initial_negatives", "reference_cache", "run_state", "shared_prefix"}),
+    frozenset(
+        {
+            "faults",
+            "initial_negatives",
+            "lengths",
+            "loading",
+            "probe_passes",
+            "probe_summary",
+            "reference_cache",
+            "run_state",
+            "shared_prefix",
+        }
+    ),
     frozenset({"cwdpo_trainer", "gentle_negative_sft_trainer", "negatives", "probes", "signals"}),
-    frozenset({"callbacks", "evaluation", "report"}),
+    frozenset({"audit", "callbacks", "evaluation", "report"}),
     frozenset({"cli"}),
 )
 # Sideways imports that are meant, each with its reason.

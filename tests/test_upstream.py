@@ -8,6 +8,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -19,7 +21,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-from trl import DPOConfig, DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_cwdpo import CWDPOConfig, CWDPOTrainer, GentleNegativeSFTTrainer, upstream
@@ -228,3 +230,54 @@ class TestAccelerateConfigs:
     def test_anything_else_names_what_there_is(self):
         with pytest.raises(ValueError, match="fsdp1, fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3"):
             upstream.accelerate_config_words("zero9")
+
+
+class TestScoringForward:
+    @pytest.mark.parametrize("build", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_head_and_hidden_states_make_the_models_own_logits(self, build, fused):
+        torch.manual_seed(0)
+        model = build().eval()
+        input_ids = torch.randint(3, 32, (2, 7))
+        expected = model(input_ids=input_ids).logits.log_softmax(-1)
+        if fused:
+            add_fused_lm_head(model)
+        before = vars(model).get("forward")
+        seen = []
+        with upstream.scoring_forward(model, lambda hidden, head: seen.append(head.log_probabilities(hidden))):
+            assert model(input_ids=input_ids, use_cache=False) == ()
+        assert torch.allclose(seen[0], expected, atol=1e-5)
+        assert vars(model).get("forward") is before
+        assert torch.equal(model(input_ids=input_ids).logits.log_softmax(-1), expected)
+
+    def test_forward_is_restored_after_an_error(self, text_model):
+        model = AutoModelForCausalLM.from_pretrained(text_model)
+        with pytest.raises(ZeroDivisionError), upstream.scoring_forward(model, lambda *_: 1 / 0):
+            model(input_ids=torch.tensor([[5, 6]]))
+        assert "forward" not in vars(model)
+
+    def test_copied_head_outlives_the_forward(self, text_model):
+        model = AutoModelForCausalLM.from_pretrained(text_model)
+        heads = []
+        for copy_head in (False, True):
+            with upstream.scoring_forward(model, lambda _, head: heads.append(head), copy_head=copy_head):
+                model(input_ids=torch.tensor([[5, 6]]))
+        own = model.get_output_embeddings().weight
+        assert [head.weight.data_ptr() == own.data_ptr() for head in heads] == [True, False]
+        assert torch.equal(heads[1].weight, own)
+
+
+def test_reference_of_a_supervised_trainer_is_the_model_without_its_adapter(text_model, tmp_path):
+    data = Dataset.from_list([{"prompt": "is ", "completion": "sky"}] * 4)
+    adapter = LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    args = SFTConfig(**tiny.training_options(tmp_path))
+    trainer = SFTTrainer(text_model, args=args, train_dataset=data, peft_config=adapter)
+    inner = upstream.unwrapped(trainer.model)
+    assert inner is upstream.inner_model(trainer)
+    seen = []
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "use_cache": False}
+    with upstream.scoring_forward(inner, lambda hidden, head: seen.append(head.log_probabilities(hidden))):
+        upstream.reference_forward(trainer, inputs)
+    expected = AutoModelForCausalLM.from_pretrained(text_model)(**inputs).logits.log_softmax(-1)
+    assert torch.allclose(seen[0], expected, atol=1e-5)
+    assert not torch.allclose(trainer.model(**inputs).logits.log_softmax(-1), expected, atol=1e-2)

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from trl_cwdpo.cwdpo_trainer import CWDPOTrainer
     from trl_cwdpo.gentle_negative_sft_config import GentleNegativeSFTConfig
     from trl_cwdpo.gentle_negative_sft_trainer import GentleNegativeSFTTrainer
+    from trl_cwdpo.probes import DeltaLogpProbeCallback
 
 __all__ = [
     "CWDPOConfig",
     "CWDPOTrainer",
+    "DeltaLogpProbeCallback",
     "GentleNegativeSFTConfig",
     "GentleNegativeSFTTrainer",
     "__version__",
@@ -27,6 +29,7 @@ __all__ = [
 _LAZY_NAMES = {
     "CWDPOConfig": "trl_cwdpo.cwdpo_config",
     "CWDPOTrainer": "trl_cwdpo.cwdpo_trainer",
+    "DeltaLogpProbeCallback": "trl_cwdpo.probes",
     "GentleNegativeSFTConfig": "trl_cwdpo.gentle_negative_sft_config",
     "GentleNegativeSFTTrainer": "trl_cwdpo.gentle_negative_sft_trainer",
 }

@@ -7,7 +7,8 @@ whose failures say which assumption a new release broke:
   `ref_rejected_logps` from its inputs, which it does where `precompute_ref_logps` is set;
 - the outputs of that call hold `log_probs` per token, zero outside the labels, chosen rows first;
 - `DPOTrainer._prepare_dataset` needs of its trainer only `_tokenizer`, and the preference collators need no trainer;
-- the fused forward runs the backbone `base_model` and scores its `last_hidden_state` with the output embeddings.
+- the fused forward runs the backbone `base_model` and scores its `last_hidden_state` with the output embeddings, which
+  is all that [`scoring_forward`] does in its place.
 """
 
 import contextlib

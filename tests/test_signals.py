@@ -1,0 +1,232 @@
+"""`signals`: every rule fires where it should, not where it shouldn't, and says so with its numbers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from trl_cwdpo.probe_measures import Interval
+from trl_cwdpo.probe_records import FamilyMeasure, ProbeRecord
+from trl_cwdpo.signals import SignalThresholds, curriculum, diagnose, early_stop, order_by_hardness, raised_flags
+
+
+def around(mean, half=0.01):
+    return Interval(mean, mean - half, mean + half)
+
+
+def record(step=0, *, chosen=0.0, hard=0.0, easy=0.0, argmax=0.0, margin=0.0, half=0.01, **values):
+    changes = {"chosen": chosen, "rejected_hard": hard, "rejected_easy": easy, "argmax": argmax}
+    families = {
+        name: FamilyMeasure(around(-2.0 + change), (0,), (-2.0 + change,), around(change, half))
+        for name, change in changes.items()
+        if change is not None
+    }
+    fixed = {"entropy": 1.0, "top1_mass": 0.5, "brier": 0.5, "ece": 0.1, "smooth_ece": 0.1}
+    return ProbeRecord(step=step, num_rows=1, families=families, margin=around(margin), **{**fixed, **values})
+
+
+CALM = {"saturated_fraction": 0.1, "total_variation": 0.1, "weight": 0.5}
+FIRST = record(0, **{**CALM, "total_variation": 0.0})
+
+# Flag -> a record that raises it, the same a hair below its threshold, and numbers its message names
+RULES = {
+    "displacement": (
+        {"chosen": -0.0301, "margin": 2.0},
+        [{"chosen": -0.0299, "margin": 2.0}, {"chosen": -1.0, "margin": 0.0}],
+        ["0.0301", "-0.02", "rose by 2"],
+    ),
+    "miscalibration": ({"ece": 0.151}, [{"ece": 0.149}, {"ece": 0.0}], ["0.051", "0.05", "0.151"]),
+    "drift": ({"total_variation": 0.251}, [{"total_variation": 0.25}, {"total_variation": None}], ["0.251", "0.25"]),
+    "saturation": (
+        {"saturated_fraction": 0.8, "margin": 1.0},
+        [{"saturated_fraction": 0.79, "margin": 1.0}, {"saturated_fraction": None, "margin": 1.0}],
+        ["80%", "1.00%"],
+    ),
+    "cooled_out": ({"weight": 0.099}, [{"weight": 0.1}, {"weight": None}], ["0.099", "0.1"]),
+}
+
+
+class TestFlags:
+    @pytest.mark.parametrize("name", RULES)
+    def test_raised_with_its_numbers(self, name):
+        raising, _, numbers = RULES[name]
+        # The margin of the probe before is that of this one, so that it does not grow
+        before = record(5, **{**CALM, "margin": raising.get("margin", 0.0)})
+        flags = raised_flags([FIRST, before, record(10, **{**CALM, **raising})])
+        assert list(flags) == [name]
+        assert flags[name].startswith("step 10: ")
+        for number in numbers:
+            assert number in flags[name]
+
+    @pytest.mark.parametrize(("name", "values"), [(name, v) for name in RULES for v in RULES[name][1]])
+    def test_not_raised(self, name, values):
+        assert raised_flags([FIRST, record(10, **{**CALM, **values})]) == {}
+
+    def test_squeezing_needs_both(self):
+        rising = record(5, squeezing_index=around(0.5), top1_mass=0.6)
+        assert "0.5 [0.49, 0.51]" in raised_flags([FIRST, rising])["squeezing"]
+        assert raised_flags([FIRST, record(5, squeezing_index=around(0.5), top1_mass=0.5)]) == {}
+        assert raised_flags([FIRST, record(5, squeezing_index=around(0.5, 0.6), top1_mass=0.6)]) == {}
+
+    def test_a_saturated_run_that_still_grows_is_none(self):
+        before, now = record(5, margin=1.0), record(6, saturated_fraction=0.95, margin=1.02)
+        assert raised_flags([FIRST, before, now]) == {}
+        assert "saturation" in raised_flags([FIRST, before, dataclasses.replace(now, margin=around(1.009))])
+
+    def test_nothing_measured(self):
+        assert raised_flags([]) == {}
+        assert raised_flags([record(0, ece=0.9, total_variation=0.9)]) == {}
+
+    def test_numbers_that_are_not_finite_raise_nothing(self):
+        nan = float("nan")
+        assert raised_flags([FIRST, record(5, ece=nan, chosen=nan, margin=nan)]) == {}
+
+
+class TestEarlyStop:
+    @pytest.mark.parametrize("name", RULES)
+    def test_after_two_in_a_row(self, name):
+        raising = {**CALM, **RULES[name][0]}
+        records = [FIRST, record(5, **{**raising, "saturated_fraction": 0.0}), record(10, **raising)]
+        records = [*records, record(15, **raising)]
+        found = early_stop(records)
+        assert found.stop
+        assert [reason.split(",")[0] for reason in found.reasons] == [name]
+        assert "2 probes in a row" in found.reasons[0]
+        calm = record(20, **{**CALM, "margin": raising.get("margin", 0.0)})
+        assert not early_stop([*records, calm]).stop
+        assert not early_stop([FIRST, calm, record(25, **raising)]).stop
+
+    def test_interrupted_flags_do_not_stop(self):
+        high, low = {"total_variation": 0.3}, {"total_variation": 0.2}
+        assert not early_stop([FIRST, record(1, **high), record(2, **low), record(3, **high)]).stop
+
+    def test_different_flags_are_not_in_a_row(self):
+        assert not early_stop([FIRST, record(1, total_variation=0.3), record(2, ece=0.3)]).stop
+
+    def test_patience_is_an_option(self):
+        records = [FIRST, record(1, total_variation=0.3)]
+        assert early_stop(records, SignalThresholds(patience=1)).stop
+        assert not early_stop(records).stop
+        assert not early_stop(records, SignalThresholds(patience=1, total_variation=0.4)).stop
+
+    def test_squeezing_alone_does_not_stop(self):
+        records = [FIRST, *(record(i, squeezing_index=around(0.5), top1_mass=0.6) for i in (1, 2, 3))]
+        assert early_stop(records) == dataclasses.replace(early_stop(records), stop=False, reasons=(), best_step=0)
+
+    def test_best_is_the_largest_margin_without_a_flag(self):
+        records = [FIRST, record(5, margin=1.0), record(10, margin=2.0), record(15, margin=9.0, total_variation=0.3)]
+        assert early_stop(records).best_step == 10
+        assert early_stop([]).best_step is None
+
+    def test_cooled_out_refreshes_first(self):
+        cold = [FIRST, record(5, weight=0.05), record(10, weight=0.05)]
+        found = early_stop(cold, on_policy=True)
+        assert not found.stop
+        assert found.refresh_negatives
+        assert "new negatives first" in found.reasons[0]
+        assert early_stop(cold).stop
+        # Afterwards it takes two more such probes
+        once = [*cold, record(15, weight=0.05)]
+        assert not early_stop(once, on_policy=True, refreshed_at=10).stop
+        assert early_stop([*once, record(20, weight=0.05)], on_policy=True, refreshed_at=10).stop
+
+    def test_another_reason_stops_without_refreshing(self):
+        cold = {"weight": 0.05, "total_variation": 0.3}
+        found = early_stop([FIRST, record(5, **cold), record(10, **cold)], on_policy=True)
+        assert found.stop
+        assert not found.refresh_negatives
+        assert len(found.reasons) == 2
+
+
+class TestCurriculum:
+    def test_raises_the_share(self):
+        found = curriculum(record(7, easy_fraction=0.51), 0.8)
+        assert found.dataset_negative_fraction == 0.7
+        assert "step 7: 51%" in found.reasons[0]
+        assert "from 0.2 to 0.3" in found.reasons[0]
+
+    @pytest.mark.parametrize(("easy", "share"), [(0.5, 0.8), (None, 0.8), (0.9, 0.0)])
+    def test_leaves_it(self, easy, share):
+        assert curriculum(record(7, easy_fraction=easy), share) == type(curriculum(FIRST, 0.8))(share, ())
+
+    def test_stops_at_none(self):
+        assert curriculum(record(7, easy_fraction=0.9), 0.04).dataset_negative_fraction == 0.0
+
+    def test_easy_to_hard_and_filtered(self):
+        avg_logps = np.array([-1.0, -5.0, -3.0, -9.0])
+        assert order_by_hardness(avg_logps).tolist() == [3, 1, 2, 0]
+        weights = np.array([0.9, 0.03, 0.5, 0.029])
+        assert order_by_hardness(avg_logps, weights=weights).tolist() == [1, 2, 0]
+
+    def test_weighted_draws_in_proportion(self):
+        weights = np.array([0.1, 0.3, 0.6, 0.01])
+        firsts = [order_by_hardness(np.zeros(4), "weighted", weights, seed)[0] for seed in range(2000)]
+        shares = np.bincount(firsts, minlength=4) / 2000
+        assert shares.tolist() == pytest.approx([0.1, 0.3, 0.6, 0.0], abs=0.04)
+        assert sorted(order_by_hardness(np.zeros(4), "weighted", weights)) == [0, 1, 2]
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="needs `weights`"):
+            order_by_hardness(np.zeros(2), "weighted")
+        with pytest.raises(ValueError, match="'easy_to_hard' or 'weighted', got 'random'"):
+            order_by_hardness(np.zeros(2), "random")
+
+
+# Diagnosis -> changes of chosen, hard, easy, argmax; mean weight
+ROWS = {
+    "healthy": (0.3, -0.2, 0.0, 0.0, 0.5),
+    "squeezing": (-0.3, -0.2, -0.9, 0.3, 0.5),
+    "entangled pairs": (-0.3, -0.2, 0.0, 0.0, 0.8),
+    "easy negatives dominate": (0.3, 0.0, -0.9, 0.0, 0.2),
+    "cooled out": (0.0, 0.0, 0.0, 0.0, 0.09),
+    "SFT-like drift": (0.3, 0.2, 0.1, 0.1, 0.8),
+    "labels swapped or mask wrong": (-0.3, 0.2, -0.1, 0.1, 0.8),
+}
+
+
+class TestDiagnosis:
+    @pytest.mark.parametrize("name", ROWS)
+    def test_each_row(self, name):
+        chosen, hard, easy, argmax, weight = ROWS[name]
+        found = diagnose(record(40, chosen=chosen, hard=hard, easy=easy, argmax=argmax, weight=weight))
+        assert found.name == name
+        assert found.advice
+        assert found.reason.startswith("step 40: ")
+        assert f"Δ0(chosen) {chosen:+.3g}" in found.reason
+        assert f"weight {weight:.3g}" in found.reason
+
+    @pytest.mark.parametrize("name", [name for name in ROWS if name != "squeezing"])
+    def test_another_weight_is_another_row_or_none(self, name):
+        chosen, hard, easy, argmax, weight = ROWS[name]
+        other = 0.2 if weight >= 0.5 else 0.5
+        found = diagnose(record(40, chosen=chosen, hard=hard, easy=easy, argmax=argmax, weight=other))
+        assert found.name == "unclear"
+
+    def test_squeezing_at_any_weight(self):
+        chosen, hard, easy, argmax, _ = ROWS["squeezing"]
+        for weight in (0.05, 0.9, None):
+            found = diagnose(record(4, chosen=chosen, hard=hard, easy=easy, argmax=argmax, weight=weight))
+            assert found.name == "squeezing"
+
+    def test_what_the_interval_does_not_separate_from_zero_is_none(self):
+        chosen, hard, easy, argmax, weight = ROWS["healthy"]
+        wide = record(4, chosen=chosen, hard=hard, easy=easy, argmax=argmax, weight=weight, half=0.25)
+        assert diagnose(wide).name == "unclear"
+
+    def test_a_missing_family_fits_any_only(self):
+        swapped = record(4, chosen=-0.3, hard=0.2, easy=None, argmax=None, weight=0.9)
+        assert diagnose(swapped).name == "labels swapped or mask wrong"
+        missing = diagnose(record(4, chosen=0.3, hard=-0.2, easy=None, weight=0.5))
+        assert missing.name == "unclear"
+        assert "Δ0(rejected_easy) unknown" in missing.reason
+
+    def test_numbers_are_options(self):
+        chosen, hard, easy, argmax, weight = ROWS["healthy"]
+        values = record(4, chosen=chosen, hard=hard, easy=easy, argmax=argmax, weight=weight)
+        assert diagnose(values, SignalThresholds(flat=0.4)).name == "unclear"
+
+
+@pytest.mark.parametrize("values", [{"patience": 0}, {"flat": 1.0}, {"low_weight": 0.9}])
+def test_numbers_that_contradict_each_other_are_refused(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        SignalThresholds(**values)

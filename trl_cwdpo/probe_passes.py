@@ -1,0 +1,171 @@
+"""The forward passes of one probe: for every row and response family, sums over the response's tokens."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from transformers import PreTrainedModel
+
+from . import probe_measures, upstream
+from .probe_measures import OutputHead, TokenStatistics
+from .probe_rows import ProbeRows
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """
+    The reference model of a probe.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model without wrappers.
+        forward (`Callable`, *optional*):
+            Runs the reference on a dictionary of inputs; by default, calls `model`.
+    """
+
+    model: PreTrainedModel
+    forward: Callable[[dict[str, Any]], Any] | None = None
+
+    def run(self, inputs: dict[str, Any]) -> None:
+        """Run the reference."""
+        if self.forward is None:
+            self.model(**inputs)
+        else:
+            self.forward(inputs)
+
+
+class Passes:
+    """
+    The forward passes of one probe.
+
+    Args:
+        model (`nn.Module`):
+            The policy, in the mode to measure it in.
+        rows ([`ProbeRows`]):
+            What to measure.
+        reference ([`Reference`], *optional*):
+            Reference model.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
+            Splits the rows over processes and gives the precision.
+        prepare_inputs (`Callable`, *optional*):
+            Moves inputs to the device; by default, to that of the model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        rows: ProbeRows,
+        reference: Reference | None,
+        accelerator: Any,  # noqa: ANN401
+        prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    ) -> None:
+        self.model, self.rows, self.reference, self.accelerator = model, rows, reference, accelerator
+        self.inner = upstream.unwrapped(model)
+        self.prepare_inputs = prepare_inputs or self._to_device
+        self.sharded = accelerator is not None and accelerator.distributed_type in SHARDED
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that training runs in."""
+        return contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
+
+    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device = next(self.model.parameters()).device
+        return {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+
+    def all_rows(self, families: Sequence[str], batch_size: int) -> list[dict[str, Any]]:
+        """
+        Measure all rows, on all processes together.
+
+        Args:
+            families (`Sequence[str]`):
+                Families to run, of `FORWARD_FAMILIES`; `"chosen"` and `"rejected"` among them.
+            batch_size (`int`):
+                Rows a forward pass.
+
+        Returns:
+            `list[dict]`: For each row its `position` and, by family, `length` (tokens) and the sums over tokens of
+            `logp` (nats), `brier` and, given a reference, `reference` (its log p, nats). For `chosen` also of
+            `argmax` (log-probability of the greedy token), `entropy`, `total_variation` and `jensen_shannon`, and the
+            lists `confidence` and `correct`, one entry a token.
+        """
+        accelerator, count = self.accelerator, len(self.rows)
+        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        # Every rank makes the same number of forwards (sharded models wait for one another): short ranks repeat rows
+        mine = [(rank + world * i) % count for i in range(-(-count // world))]
+        found: list[dict[str, Any]] = []
+        for positions, prompts in self.rows.batches(mine, batch_size):
+            measured: list[dict[str, Any]] = [{"position": position} for position in positions]
+            for family in families:
+                inputs = self.prepare_inputs(self.rows.family_inputs(positions, family, prompts))
+                for row, values in zip(measured, self._family(inputs, family), strict=True):
+                    row[family] = values
+            found += measured
+        if world > 1:
+            found = gather_object(found)
+        return [row for _, row in sorted({row["position"]: row for row in found}.items())]
+
+    def _family(self, inputs: dict[str, Any], family: str) -> list[dict[str, Any]]:
+        mask = inputs["completion_mask"][:, 1:].bool()
+        targets = inputs["input_ids"][:, 1:][mask]
+        kwargs = {key: value for key, value in inputs.items() if key != "completion_mask"} | {"use_cache": False}
+        seen: list[tuple[TokenStatistics, torch.Tensor, OutputHead]] = []
+        against: tuple[torch.Tensor, OutputHead] | None = None
+
+        def score(hidden: torch.Tensor, head: OutputHead) -> None:
+            # Virtual tokens of prompt learning come first, the real ones are the last
+            hidden = hidden[:, -mask.size(1) - 1 :][:, :-1][mask.to(hidden.device)]
+            seen.append(
+                (probe_measures.token_statistics(hidden, targets.to(hidden.device), head, against), hidden, head)
+            )
+
+        reference_logps = None
+        if self.reference is not None and family in ("chosen", "rejected"):
+            with upstream.scoring_forward(self.reference.model, score, copy_head=self.sharded):
+                self.reference.run(kwargs)
+            statistics, hidden, head = seen.pop()
+            reference_logps = statistics.logp
+            against = (hidden, head) if family == "chosen" else None
+        with upstream.scoring_forward(self.inner, score):
+            self.model(**kwargs)
+        return _by_row(seen.pop()[0], mask.sum(dim=1).tolist(), reference_logps, family == "chosen", targets)
+
+
+def _by_row(
+    statistics: TokenStatistics,
+    lengths: list[int],
+    reference_logps: torch.Tensor | None,
+    chosen: bool,  # noqa: FBT001 (internal)
+    targets: torch.Tensor,
+) -> list[dict[str, Any]]:
+    columns = {
+        "logp": statistics.logp,
+        "brier": probe_measures.brier_terms(statistics.logp, statistics.sum_of_squares),
+        "reference": reference_logps,
+    }
+    if chosen:
+        columns |= {
+            "argmax": statistics.top1_logp,
+            "entropy": statistics.entropy,
+            "total_variation": statistics.total_variation,
+            "jensen_shannon": statistics.jensen_shannon,
+        }
+    cut = {
+        name: [part.sum().item() for part in column.double().cpu().split(lengths)]
+        for name, column in columns.items()
+        if column is not None
+    }
+    rows: list[dict[str, Any]] = [
+        {"length": max(length, 1), **{name: values[i] for name, values in cut.items()}}
+        for i, length in enumerate(lengths)
+    ]
+    if chosen:
+        confidence = statistics.top1_logp.double().exp().cpu().split(lengths)
+        correct = (statistics.argmax == targets.to(statistics.argmax.device)).cpu().split(lengths)
+        for row, sure, right in zip(rows, confidence, correct, strict=True):
+            row["confidence"], row["correct"] = sure.tolist(), right.tolist()
+    return rows

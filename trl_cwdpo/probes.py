@@ -1,0 +1,282 @@
+"""Δ log p probes: what training does to the probability of chosen, rejected and other responses of fixed rows.
+
+[`measure`] takes one measurement, with one forward pass a response family and no gradient. [`DeltaLogpProbeCallback`]
+takes it before the first update and every few steps of any TRL trainer of preference or supervised finetuning, and
+leaves the run itself as it was, to the last bit. The families and what is derived from them are those of *Learning
+Dynamics of LLM Finetuning* (arXiv 2407.10490), plus what `probe_measures` marks as ours.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from . import upstream
+from .preserved import evaluation_mode, preserved_random_state
+from .probe_measures import gradient_spikes
+from .probe_passes import SHARDED, Passes, Reference
+from .probe_records import RECORDS_FILE, ProbeRecord, append_record, read_records, write_records
+from .probe_rows import FAMILIES, FORWARD_FAMILIES, ProbeRows, choose_rows
+from .probe_summary import PairLoss, summarise
+from .run_state import RunState
+
+logger = logging.getLogger(__name__)
+
+ROWS_FILE = "probe_rows.json"
+STATE_KEY = "probes"
+
+
+def measure(
+    model: torch.nn.Module,
+    rows: ProbeRows,
+    *,
+    families: Sequence[str] = FAMILIES,
+    reference: Reference | None = None,
+    pair_loss: PairLoss | None = None,
+    baseline: ProbeRecord | None = None,
+    previous: ProbeRecord | None = None,
+    step: int = 0,
+    batch_size: int = 8,
+    accelerator: Any = None,  # noqa: ANN401 (an `accelerate.Accelerator`)
+    prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> ProbeRecord:
+    """
+    Take one measurement. Mode, random state and adapters of the model are afterwards as they were.
+
+    Args:
+        model (`nn.Module`):
+            The policy, wrapped as its sharding needs it.
+        rows ([`ProbeRows`]):
+            What to measure.
+        families (`Sequence[str]`, *optional*):
+            Response families; all by default. `chosen` and `rejected` are measured in any case.
+        reference ([`Reference`], *optional*):
+            Reference model, for the distances to it. Without one, log-ratios refer to the baseline.
+        pair_loss ([`PairLoss`], *optional*):
+            The preference loss, if there is one.
+        baseline ([`ProbeRecord`], *optional*):
+            The first probe of the run; without one, this is it.
+        previous ([`ProbeRecord`], *optional*):
+            The probe before.
+        step (`int`, *optional*, defaults to `0`):
+            Optimizer steps done.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Rows a forward pass.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
+            Splits the rows over processes, all of which must call this together; and gives the precision.
+        prepare_inputs (`Callable`, *optional*):
+            Moves inputs to the device; by default, to that of the model.
+
+    Returns:
+        [`ProbeRecord`], the same on all processes.
+    """
+    start = time.perf_counter()
+    passes = [name for name in FORWARD_FAMILIES if name in {*families, "chosen", "rejected"}]
+    passes = [name for name in passes if any(name in row.completions for row in rows.rows)]
+    run = Passes(model, rows, reference, accelerator, prepare_inputs)
+    with preserved_random_state(), evaluation_mode(model), torch.no_grad(), run.precision():
+        found = run.all_rows(passes, batch_size)
+    return replace(
+        summarise(found, rows, families, pair_loss, baseline, previous),
+        step=step,
+        baseline_step=step if baseline is None else baseline.step,
+        previous_step=None if previous is None else previous.step,
+        seconds=time.perf_counter() - start,
+    )
+
+
+class DeltaLogpProbeCallback(TrainerCallback):
+    """
+    Probes a run: before its first update, every `steps` steps and at its end.
+
+    Works with [`CWDPOTrainer`], [`GentleNegativeSFTTrainer`], [`~trl.DPOTrainer`] and [`~trl.SFTTrainer`]. Training
+    itself is the same to the last bit as without it. The metrics `probe/*` go to the trainer's log and so to every
+    tracker, the records to `probes.jsonl` of the output directory and the rows to `probe_rows.json` beside it. The
+    first probe is kept in every checkpoint, so that a resumed run goes on where it was.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer that gets the callback.
+        probe_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Held-out preference pairs, see [`~trl_cwdpo.probe_rows.choose_rows`]; by default the trainer's
+            `eval_dataset` (the first, if there are several).
+        size (`int`, *optional*, defaults to `64`):
+            Number of rows, over all processes.
+        steps (`int`, *optional*, defaults to `50`):
+            Optimizer steps between two probes.
+        families (`Sequence[str]`, *optional*):
+            Response families; all by default. Those that the data don't have are left out.
+        seed (`int`, *optional*):
+            Seed of the rows; by default that of the trainer.
+        batch_size (`int`, *optional*):
+            Rows a forward pass; by default `per_device_eval_batch_size`.
+
+    Example:
+
+    ```python
+    >>> trainer.add_callback(DeltaLogpProbeCallback(trainer, dataset["test"]))
+    >>> trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        trainer: Any,  # noqa: ANN401 (any TRL trainer)
+        probe_dataset: Dataset | IterableDataset | None = None,
+        *,
+        size: int = 64,
+        steps: int = 50,
+        families: Iterable[str] = FAMILIES,
+        seed: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        for name, value in (("size", size), ("steps", steps)):
+            if value < 1:
+                raise ValueError(f"`{name}` of the probes must be at least 1, got {value}.")
+        self.families = tuple(families)
+        unknown = sorted(set(self.families) - set(FAMILIES))
+        if unknown:
+            raise ValueError(f"`families` names {unknown}, which do not exist. Choose from {list(FAMILIES)}.")
+        self.trainer, self.steps = trainer, steps
+        self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
+        with preserved_random_state():
+            self.rows = choose_rows(
+                _held_out(trainer, probe_dataset),
+                trainer.processing_class,
+                size,
+                max_length=getattr(trainer.args, "max_length", None),
+                truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
+                seed=trainer.args.seed if seed is None else seed,
+            )
+        self.baseline: ProbeRecord | None = None
+        self.previous: ProbeRecord | None = None
+        if not any(isinstance(callback, RunState) for callback in trainer.callback_handler.callbacks):
+            trainer.add_callback(RunState())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the probes of the checkpoint that is resumed, or probe before the first update."""
+        self.baseline = self.previous = None
+        stored = RunState.of(self.trainer).values.get(STATE_KEY) if state.global_step else None
+        if stored is not None and stored["digest"] == self.rows.digest:
+            self.baseline = ProbeRecord.from_dict(stored["baseline"])
+            self.previous = ProbeRecord.from_dict(stored["previous"])
+        elif stored is not None:
+            logger.warning(
+                "The probes of the checkpoint were taken on other rows (other data, `size`, `seed` or tokenizer): "
+                "changes are measured from step %d on.",
+                state.global_step,
+            )
+        if state.is_world_process_zero:
+            self._prepare_files(state.global_step)
+        if self.baseline is None:
+            self._calibrate()
+            self._probe(state, control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Probe when it is time, and after the last step."""
+        last = control.should_training_stop or state.global_step >= state.max_steps
+        if last or state.global_step % self.steps == 0:
+            self._probe(state, control)
+
+    def _prepare_files(self, step: int) -> None:
+        folder = Path(self.trainer.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ROWS_FILE).write_text(json.dumps(self.rows.to_dict()), encoding="utf-8")
+        records = folder / RECORDS_FILE
+        # A new run starts anew; what a resumed run had measured after its checkpoint will be measured again
+        kept = [record for record in read_records(records) if record.step <= step] if step and records.exists() else []
+        write_records(records, kept)
+
+    def _calibrate(self) -> None:
+        # "auto" is solved with the first loss; the first probe needs it a moment earlier, from the same weights
+        calibrate = getattr(self.trainer, "_calibrate_once", None)
+        if calibrate is not None and hasattr(self.trainer.args, "cooling_mode"):
+            with self.trainer.compute_loss_context_manager():
+                calibrate(self.trainer.model_wrapped)
+
+    def _probe(self, state: TrainerState, control: TrainerControl) -> None:
+        trainer = self.trainer
+        sharded = trainer.accelerator.distributed_type in SHARDED
+        record = measure(
+            # DDP's bookkeeping is for forwards that have a backward
+            trainer.model_wrapped if sharded else trainer.model,
+            self.rows,
+            families=self.families,
+            reference=_reference(trainer),
+            pair_loss=_pair_loss(trainer),
+            baseline=self.baseline,
+            previous=self.previous,
+            step=state.global_step,
+            batch_size=self.batch_size,
+            accelerator=trainer.accelerator,
+            prepare_inputs=trainer._prepare_inputs,
+        )
+        record = replace(record, epoch=state.epoch, grad_spikes=self._spikes(state))
+        self.previous = record
+        self.baseline = self.baseline or record
+        RunState.of(trainer).values[STATE_KEY] = {
+            "digest": self.rows.digest,
+            "baseline": self.baseline.to_dict(),
+            "previous": record.to_dict(),
+        }
+        if state.is_world_process_zero:
+            append_record(Path(trainer.args.output_dir) / RECORDS_FILE, record)
+        # Past the trainer's own `log`, which would take TRL's averages of the steps so far with it; and logging drops
+        # the flag that the step is to be logged, which is not ours to drop
+        should_log = control.should_log
+        Trainer.log(trainer, record.metrics())
+        control.should_log = should_log
+
+    def _spikes(self, state: TrainerState) -> int | None:
+        if self.previous is None:
+            return None
+        logged = [(entry["step"], entry["grad_norm"]) for entry in state.log_history if "grad_norm" in entry]
+        spikes = gradient_spikes([norm for _, norm in logged])
+        # The norm of a step is logged after its probe
+        return sum(bool(spike) for (step, _), spike in zip(logged, spikes, strict=True) if step >= self.previous.step)
+
+
+def _held_out(trainer: Any, dataset: Any) -> Any:  # noqa: ANN401
+    if dataset is None:
+        dataset = trainer.eval_dataset
+        dataset = next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
+    if dataset is None:
+        raise ValueError(
+            "The probes need held-out pairs: `probe_dataset` is None and the trainer has no `eval_dataset`. Give one "
+            "of them."
+        )
+    return dataset
+
+
+def _reference(trainer: Any) -> Reference | None:  # noqa: ANN401
+    unwrap = trainer.accelerator.unwrap_model
+    model = getattr(trainer, "ref_model", None)
+    if model is None and not upstream.is_peft_model(trainer.model):
+        return None
+    return Reference(
+        model=upstream.unwrapped(unwrap(trainer.model if model is None else model)),
+        forward=lambda inputs: upstream.reference_forward(trainer, inputs),
+    )
+
+
+def _pair_loss(trainer: Any) -> PairLoss | None:  # noqa: ANN401
+    beta, args = getattr(trainer, "beta", None), trainer.args
+    if beta is None:
+        return None
+    mode: Any = getattr(args, "cooling_mode", "off")
+    if mode == "off":
+        return PairLoss(beta)
+    if mode == "constant":
+        return PairLoss(beta, mode, constant=args.cooling_constant, min_weight=args.cooling_min_weight)
+    return PairLoss(beta, mode, trainer.cooling_floor, trainer.cooling_temperature, min_weight=args.cooling_min_weight)
