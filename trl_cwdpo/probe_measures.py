@@ -123,9 +123,10 @@ def token_statistics(
         parts.append(_statistics_of_chunk(log_p, targets[span], log_q))
     names = [field.name for field in fields(TokenStatistics)]
     columns = {name: [getattr(part, name) for part in parts] for name in names}
-    return TokenStatistics(
-        **{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
-    )
+    joined: dict[str, Any] = {
+        name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
+    }
+    return TokenStatistics(**joined)
 
 
 def _statistics_of_chunk(log_p: torch.Tensor, targets: torch.Tensor, log_q: torch.Tensor | None) -> TokenStatistics:

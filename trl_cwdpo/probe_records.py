@@ -56,6 +56,10 @@ class FamilyMeasure:
         )
 
 
+def _mean(interval: Interval | None) -> float | None:
+    return None if interval is None else interval.mean
+
+
 @dataclass(frozen=True)
 class ProbeRecord:
     """
@@ -172,10 +176,10 @@ class ProbeRecord:
         values: dict[str, float | None] = {}
         for name, family in self.families.items():
             values[f"probe/{name}/avg_logp"] = family.avg_logp.mean
-            values[f"probe/{name}/delta0"] = family.delta0 and family.delta0.mean
-            values[f"probe/{name}/delta_prev"] = family.delta_prev and family.delta_prev.mean
+            values[f"probe/{name}/delta0"] = _mean(family.delta0)
+            values[f"probe/{name}/delta_prev"] = _mean(family.delta_prev)
         values |= {
-            "probe/squeezing_index": self.squeezing_index and self.squeezing_index.mean,
+            "probe/squeezing_index": _mean(self.squeezing_index),
             "probe/displacement": None if self.displacement is None else float(self.displacement),
             "probe/loser_share": self.loser_share,
             "probe/ece": self.ece,
