@@ -192,7 +192,7 @@ def test_imports_point_one_way():
 def test_only_upstream_touches_internals():
     report(
         [
-            f"{path.relative_to(PACKAGE.parent)}:{found.line}: {fault}: import it in upstream.py"
+            f"{path.relative_to(PACKAGE.parent)}:{found.line}: {fault}: import it in upstream"
             for path in package_files()
             if component(path) != "upstream"
             for found in imports_of(path)

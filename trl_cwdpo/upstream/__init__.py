@@ -29,7 +29,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_gather_lm_head_ctx, use_adapter
 
-from .probe_measures import OutputHead
+from trl_cwdpo.probe_measures import OutputHead
 
 __all__ = [
     "FusedCausalLMOutput",
