@@ -1,6 +1,7 @@
 """`loading`: which kind of dataset a name is, that paths become images, layouts TRL's, and nothing else is reached."""
 
 import json
+import re
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
@@ -12,7 +13,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from trl_cwdpo import CWDPOConfig, CWDPOTrainer, GentleNegativeSFTConfig, GentleNegativeSFTTrainer
 from trl_cwdpo.data import PreferenceCollator
 from trl_cwdpo.data_arguments import DataArguments
-from trl_cwdpo.loading import dataset_from_arguments, load_preference_dataset
+from trl_cwdpo.loading import dataset_from_arguments, load_preference_dataset, select_rows
 
 PAIR = {"prompt": "What is drawn?", "chosen": "A square.", "rejected": "A circle."}
 
@@ -405,3 +406,37 @@ def test_a_mixture_has_its_columns_converted_too(folder):
     mixture = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": str(folder / "pairs.jsonl")}])
     row = dataset_from_arguments(ScriptArguments(), mixture)["train"][0]
     assert row["chosen"] == EXPECTED["chosen"]
+
+
+class TestSelectRows:
+    def rows(self):
+        return Dataset.from_dict({"number": list(range(5))})
+
+    def test_rows_in_the_order_of_the_list(self, tmp_path):
+        (tmp_path / "split.json").write_text(json.dumps({"mine": [3, 0], "seed": 1}))
+        assert select_rows(self.rows(), f"{tmp_path}/split.json:mine", "train_rows")["number"] == [3, 0]
+
+    @pytest.mark.parametrize(
+        ("text", "key", "message"),
+        [
+            ('{"mine": [5]}', "mine", "lists row 5, but the data has 5 rows"),
+            ('{"mine": [true]}', "mine", "lists row True"),
+            ('{"mine": []}', "mine", "no list of rows under 'mine'"),
+            ('{"mine": [1]}', "yours", "no list of rows under 'yours'; it has 'mine'"),
+            ('{"mine"', "mine", "is no valid JSON"),
+            ("[1]", "mine", "it has no object"),
+            (None, "mine", "cannot be read"),
+            ('{"mine": [1]}', "", "must be FILE.json:KEY"),
+        ],
+    )
+    def test_errors_name_the_option(self, text, key, message, tmp_path):
+        file = tmp_path / "split.json"
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            select_rows(self.rows(), f"{file}:{key}", "train_rows")
+        assert "`train_rows`" in str(error.value)
+
+    def test_streamed_data_has_no_numbers(self):
+        with pytest.raises(ValueError, match="`dataset_streaming`"):
+            select_rows(self.rows().to_iterable_dataset(), "file.json:mine", "eval_rows")

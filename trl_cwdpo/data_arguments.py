@@ -20,6 +20,12 @@ class DataArguments:
         image_folder (`str`, *optional*):
             Folder that paths of images in the data are relative to, and inside of which they must stay. Defaults to
             the folder of the data.
+        train_rows (`str`, *optional*):
+            Rows of the training split to train on, as `FILE.json:KEY`: the file holds an object whose `KEY` is a list
+            of row numbers, counted from 0. `trl-cwdpo run` writes such a file. Defaults to all rows.
+        eval_rows (`str`, *optional*):
+            Rows of the *training* split to hold out for evaluation and probes, in the same form, instead of the test
+            split.
     """
 
     columns: dict[str, str] | str | None = field(
@@ -35,6 +41,20 @@ class DataArguments:
         metadata={
             "help": "Folder that paths of images in the data are relative to, and inside of which they must stay. "
             "Defaults to the folder of the data."
+        },
+    )
+    train_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the training split to train on, as FILE.json:KEY: the key of a list of row numbers, "
+            "counted from 0. Defaults to all rows."
+        },
+    )
+    eval_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the training split to hold out for evaluation and probes, as FILE.json:KEY, instead of "
+            "the test split."
         },
     )
 

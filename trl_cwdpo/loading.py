@@ -157,6 +157,51 @@ def load_preference_dataset(
     return _in_trl_format(splits, columns, root=root, repository=None if path.exists() else name, check=check_files)
 
 
+def select_rows(rows: Rows, selection: str, option: str) -> Dataset:
+    """
+    Rows that a file lists, without copying any.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            The split.
+        selection (`str`):
+            `FILE.json:KEY`; the key's value is a list of row numbers, counted from 0.
+        option (`str`):
+            Name of the option that says so, for errors.
+
+    Returns:
+        [`~datasets.Dataset`], in the order of the list.
+
+    Raises:
+        ValueError: If the file or the key is not there, a number is no row of the data, or the data is streamed.
+    """
+    file, separator, key = selection.rpartition(":")
+    if not separator or not key:
+        raise ValueError(f"`{option}`={selection!r} must be FILE.json:KEY.")
+    if not isinstance(rows, Dataset):
+        raise ValueError(
+            f"`{option}` selects rows by number, and a streamed dataset has no numbers: remove `{option}` or "
+            "`dataset_streaming`."
+        )
+    try:
+        lists = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"`{option}`={selection!r}: {file} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ValueError(f"`{option}`={selection!r}: {file} is no valid JSON: {error}.") from error
+    numbers = lists.get(key) if isinstance(lists, dict) else None
+    if not isinstance(numbers, list) or not numbers:
+        known = ", ".join(map(repr, lists)) if isinstance(lists, dict) else "no object"
+        raise ValueError(f"`{option}`={selection!r}: {file} has no list of rows under {key!r}; it has {known}.")
+    wrong = next((n for n in numbers if type(n) is not int or not 0 <= n < len(rows)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"`{option}`={selection!r} lists row {wrong!r}, but the data has {len(rows)} rows, from 0. The file "
+            "was written for other data: write it anew."
+        )
+    return rows.select(numbers)
+
+
 def _folder(path: str | Path | None) -> Path | None:
     if path is None:
         return None

@@ -18,10 +18,11 @@ from transformers import TrainerControl, TrainerState
 
 from trl_cwdpo import CWDPOTrainer
 from trl_cwdpo.cli import main
+from trl_cwdpo.cli.checkpoints import last_checkpoint
 from trl_cwdpo.cli.exit_codes import is_deliberate
 from trl_cwdpo.cli.interrupts import AGAIN_AFTER, SignalWatch
 from trl_cwdpo.cli.launching import _exit_code
-from trl_cwdpo.cli.stopping import StopOnSignal, checkpoint_to_resume, last_checkpoint
+from trl_cwdpo.cli.stopping import StopOnSignal
 
 STEPS = 6
 STOP_AFTER = 3
@@ -138,27 +139,6 @@ class TestDecision:
         assert not control.should_training_stop
         assert control.should_evaluate
         assert args.save_total_limit == 1
-
-
-class TestCheckpoints:
-    def test_last_is_the_last_complete_one(self, tmp_path):
-        for step in (5, 10, 9):
-            (tmp_path / f"checkpoint-{step}").mkdir()
-        for step in (5, 9):
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-        assert checkpoint_to_resume(str(tmp_path), "true") == str(tmp_path / "checkpoint-9")
-        assert checkpoint_to_resume(str(tmp_path), value=True) == str(tmp_path / "checkpoint-9")
-        assert checkpoint_to_resume("elsewhere", str(tmp_path / "checkpoint-5")) == str(tmp_path / "checkpoint-5")
-
-    @pytest.mark.parametrize("value", [None, False, "false", "none"])
-    def test_none(self, value, tmp_path):
-        assert checkpoint_to_resume(str(tmp_path), value) is None
-
-    def test_incomplete_one_is_refused(self, tmp_path):
-        from trl_cwdpo.cli.errors import CommandError
-
-        with pytest.raises(CommandError, match=r"holds no trainer_state\.json"):
-            checkpoint_to_resume(str(tmp_path), str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,11 @@
-"""The trainer's side of interruptions, and the checkpoints to continue from."""
+"""The trainer's side of interruptions."""
 
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.interrupts import SignalWatch
-
-TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")
-STATE_FILE = "trainer_state.json"
 
 
 class StopOnSignal(TrainerCallback):
@@ -57,57 +51,3 @@ class StopOnSignal(TrainerCallback):
             return received
         everywhere = self.accelerator.gather(torch.tensor([received], device=self.accelerator.device))
         return int(everywhere.max())
-
-
-def checkpoint_to_resume(output_dir: str, value: Any) -> str | None:  # noqa: ANN401 (YAML gives text or a boolean)
-    """
-    The checkpoint that `--resume_from_checkpoint` means.
-
-    Args:
-        output_dir (`str`):
-            The output folder.
-        value (`str` or `bool`, *optional*):
-            The option: a folder, or `true` for the last checkpoint in the output folder.
-
-    Returns:
-        `str` or `None`: Its folder, or `None` to start anew.
-
-    Raises:
-        CommandError: If it is not there.
-    """
-    text = str(value).lower()
-    if value is None or text in FALSE:
-        return None
-    if text not in TRUE:
-        return _complete(Path(str(value)))
-    last = last_checkpoint(output_dir)
-    if last is None:
-        raise CommandError(
-            f"`resume_from_checkpoint`={value}, but {output_dir} holds no complete checkpoint. Leave the option out "
-            "to start anew, or name the folder of a checkpoint."
-        )
-    return str(last)
-
-
-def last_checkpoint(output_dir: str) -> Path | None:
-    """The last checkpoint that was written to its end: the trainer's state is its last file."""
-    found = [
-        (int(match[1]), folder)
-        for folder in (Path(output_dir).iterdir() if Path(output_dir).is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / STATE_FILE).is_file()
-    ]
-    return max(found)[1] if found else None
-
-
-def _complete(folder: Path) -> str:
-    if not folder.is_dir():
-        raise CommandError(
-            f"`resume_from_checkpoint`={folder} is no folder. Name the folder of a checkpoint, or `true` for the last "
-            "one in the output folder."
-        )
-    if not (folder / STATE_FILE).is_file():
-        raise CommandError(
-            f"`resume_from_checkpoint`={folder} holds no {STATE_FILE}, so it is no complete checkpoint. Name another, "
-            "or `true` for the last complete one in the output folder."
-        )
-    return str(folder)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback
-from trl import get_peft_config, get_quantization_config
 
+from trl_cwdpo.cli.checkpoints import broken_checkpoints, checkpoint_to_resume, last_checkpoint
 from trl_cwdpo.cli.command_line import CommandLine
 from trl_cwdpo.cli.env import versions
 from trl_cwdpo.cli.errors import CommandError
@@ -20,12 +20,13 @@ from trl_cwdpo.cli.interrupts import SignalWatch
 from trl_cwdpo.cli.launching import check_num_processes
 from trl_cwdpo.cli.model_card import add_recipe, recipe
 from trl_cwdpo.cli.progress import RunLog, columns_of, final_numbers, summary
-from trl_cwdpo.cli.stopping import StopOnSignal, checkpoint_to_resume, last_checkpoint
+from trl_cwdpo.cli.stopping import StopOnSignal
 from trl_cwdpo.cli.terminal import quiet
 from trl_cwdpo.cli.train_arguments import Arguments, parse, rank, shows_bars
+from trl_cwdpo.cli.train_model import starting_model
 from trl_cwdpo.cli.train_options import Stage
 from trl_cwdpo.faults import NonFiniteLossError
-from trl_cwdpo.loading import dataset_from_arguments
+from trl_cwdpo.loading import dataset_from_arguments, select_rows
 
 RECORD = "run.json"
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -109,17 +110,10 @@ class Run:
         }
         with self._mendable_errors("The data cannot be loaded"):
             dataset = dataset_from_arguments(script, mixture, data)
-            evaluates = args.eval_strategy != "no"
-            rows = _split(dataset, "dataset_train_split", script.dataset_train_split)
-            held_out = _split(dataset, "dataset_test_split", script.dataset_test_split) if evaluates else None
+            rows, held_out = self._rows(dataset)
         with self._mendable_errors(f"The model {model.model_name_or_path!r} cannot be loaded"):
             trainer = self.stage.load(self.stage.trainer)(
-                model=model.model_name_or_path,
-                args=args,
-                train_dataset=rows,
-                eval_dataset=held_out,
-                quantization_config=get_quantization_config(model),
-                peft_config=get_peft_config(model),
+                args=args, train_dataset=rows, eval_dataset=held_out, **starting_model(model, args)
             )
         for theirs in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(theirs)
@@ -131,6 +125,15 @@ class Run:
             ]
         add_recipe(trainer, recipe(script, args, model), lambda: self._numbers(trainer))
         return trainer
+
+    def _rows(self, dataset: Any) -> tuple[Any, Any]:  # noqa: ANN401 (whichever kind of dataset)
+        script, args, _, _, data = self.arguments
+        everything = _split(dataset, "dataset_train_split", script.dataset_train_split)
+        rows = everything if data.train_rows is None else select_rows(everything, data.train_rows, "train_rows")
+        if data.eval_rows is not None:
+            return rows, select_rows(everything, data.eval_rows, "eval_rows")
+        evaluates = args.eval_strategy != "no"
+        return rows, _split(dataset, "dataset_test_split", script.dataset_test_split) if evaluates else None
 
     def _train(self, trainer: Any, checkpoint: str | None) -> Any:  # noqa: ANN401 (either trainer)
         try:
@@ -163,6 +166,8 @@ class Run:
         processes = f"{count} process{'es' if count > 1 else ''} ({accelerator.device.type})"
         self._say(f"{rows}, {batch} a step, on {processes}; output in {args.output_dir}")
         if checkpoint is not None:
+            for folder, fault in broken_checkpoints(args.output_dir).items():
+                self._say(f"Passing over {folder}: {fault}")
             self._say(f"Continuing from {checkpoint}")
 
     def _conclude(self, trainer: Any, stopper: StopOnSignal, seconds: float) -> None:  # noqa: ANN401
