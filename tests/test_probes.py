@@ -325,14 +325,18 @@ class TestCallback:
         logged = [entry for entry in trainer.state.log_history if "probe/ece" in entry]
         assert [entry["step"] for entry in logged] == [0, 2, 3]
         expected = {"squeezing_index", "displacement", "loser_share", "ece", "brier", "entropy", "top1_mass", "tv"}
-        expected |= {"js", "grad_spikes"}
+        expected |= {"js", "grad_spikes", "accuracy"}
         expected |= {f"{family}/{kind}" for family in FAMILIES for kind in ("avg_logp", "delta0", "delta_prev")}
         assert {name for name in logged[-1] if name.startswith("probe/")} == {f"probe/{name}" for name in expected}
         assert all(math.isfinite(value) for value in logged[-1].values())
         first, *_, last = read_records(tmp_path)
         assert first.total_variation == pytest.approx(0.0, abs=1e-6)
         assert first.loser_share == pytest.approx(0.5, abs=0.2)
-        assert last.weight is not None
+        assert last.weight == pytest.approx(sum(last.row_weights) / 6)
+        assert last.margin.mean == pytest.approx(sum(last.row_margins) / 6)
+        assert last.accuracy == sum(margin > 0 for margin in last.row_margins) / 6
+        tokens = sum(count for count, _, _ in last.reliability)
+        assert last.ece == pytest.approx(sum(n * abs(sure - right) for n, sure, right in last.reliability) / tokens)
         assert len(json.loads((tmp_path / "probe_rows.json").read_text())["rows"]) == 6
 
     def test_supervised_runs_have_no_pair_loss_and_no_reference(self, text_model, tmp_path):

@@ -238,9 +238,31 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
     """
     if confidence.size == 0:
         return math.nan
+    return sum(count * abs(right - sure) for count, sure, right in reliability(confidence, correct, bins)) / len(
+        correct
+    )
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> list[tuple[int, float, float]]:
+    """
+    The points of a reliability diagram, over the bins of [`expected_calibration_error`].
+
+    Args:
+        confidence (`np.ndarray` of shape `(N,)`):
+            Probability of the most likely token.
+        correct (`np.ndarray` of shape `(N,)`):
+            Whether it was the target.
+        bins (`int`, *optional*, defaults to `15`):
+            Number of bins.
+
+    Returns:
+        `list[tuple]`: Of each bin that is not empty: number of tokens, mean confidence, accuracy.
+    """
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(index, weights=correct.astype(float) - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / confidence.size)
+    counts, sure, right = (
+        np.bincount(index, weights=weights, minlength=bins) for weights in (None, confidence, correct.astype(float))
+    )
+    return [(int(n), float(s / n), float(r / n)) for n, s, r in zip(counts, sure, right, strict=True) if n]
 
 
 def smooth_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:

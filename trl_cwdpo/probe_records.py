@@ -107,6 +107,14 @@ class ProbeRecord:
             Mean cooling weight w.
         easy_fraction (`float`, *optional*):
             Share of pairs with w < 0.1.
+        accuracy (`float`, *optional*):
+            Share of pairs with Δ_w > Δ_l.
+        row_margins (`tuple[float, ...]`):
+            Δ_w − Δ_l of each row, nats per sequence.
+        row_weights (`tuple[float, ...]`):
+            Cooling weight w of each row; empty without cooling.
+        reliability (`tuple[tuple[int, float, float], ...]`):
+            Of each bin of the calibration error that is not empty: tokens, mean confidence, accuracy.
         grad_spikes (`int`, *optional*):
             Spikes among the logged gradient norms since the probe before.
         seconds (`float`, *optional*):
@@ -135,6 +143,10 @@ class ProbeRecord:
     saturated_fraction: float | None = None
     weight: float | None = None
     easy_fraction: float | None = None
+    accuracy: float | None = None
+    row_margins: tuple[float, ...] = ()
+    row_weights: tuple[float, ...] = ()
+    reliability: tuple[tuple[int, float, float], ...] = ()
     grad_spikes: int | None = None
     seconds: float | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
@@ -162,6 +174,9 @@ class ProbeRecord:
         values["families"] = {name: FamilyMeasure.from_dict(family) for name, family in data["families"].items()}
         values["margin"] = Interval.from_dict(data["margin"]) or UNKNOWN
         values["squeezing_index"] = Interval.from_dict(data.get("squeezing_index"))
+        for name in ("row_margins", "row_weights"):
+            values[name] = tuple(math.nan if value is None else value for value in data.get(name, ()))
+        values["reliability"] = tuple((int(n), sure, right) for n, sure, right in data.get("reliability", ()))
         for name in ("entropy", "top1_mass", "brier", "ece", "smooth_ece"):
             values[name] = math.nan if data[name] is None else data[name]
         return cls(**values)
@@ -181,6 +196,7 @@ class ProbeRecord:
         values |= {
             "probe/squeezing_index": _mean(self.squeezing_index),
             "probe/displacement": None if self.displacement is None else float(self.displacement),
+            "probe/accuracy": self.accuracy,
             "probe/loser_share": self.loser_share,
             "probe/ece": self.ece,
             "probe/brier": self.brier,

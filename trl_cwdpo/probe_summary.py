@@ -117,6 +117,9 @@ def summarise(
         ece=probe_measures.expected_calibration_error(confidence, correct),
         smooth_ece=probe_measures.smooth_calibration_error(confidence, correct),
         margin=margin,
+        accuracy=None if pair_loss is None and baseline is None else float((margins > 0).mean()),
+        row_margins=tuple(margins.tolist()),
+        reliability=tuple(probe_measures.reliability(confidence, correct)),
         squeezing_index=_squeezing(measures, baseline, rows.seed),
         displacement=displaced,
         total_variation=mean("total_variation"),
@@ -226,7 +229,11 @@ def _pairs(
         "saturated_fraction": float((1.0 + chosen / pair_loss.beta > SATURATED).mean()),
     }
     if pair_loss.mode != "off":
-        values |= {"weight": float(weights.mean()), "easy_fraction": float((weights < EASY_WEIGHT).mean())}
+        values |= {
+            "weight": float(weights.mean()),
+            "easy_fraction": float((weights < EASY_WEIGHT).mean()),
+            "row_weights": tuple(weights.tolist()),
+        }
     return margins, values
 
 
