@@ -42,6 +42,8 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "run": Command("run both stages and the evaluation from one recipe", "trl_cwdpo.cli.run:main"),
+    "recipes": Command("list, show or copy the recipes that come along", "trl_cwdpo.cli.run:recipes"),
     "sft": Command("train stage 1: SFT with gentle negatives", "trl_cwdpo.cli.train:sft"),
     "cwdpo": Command("train stage 2: Cooling-Weighted DPO", "trl_cwdpo.cli.train:cwdpo"),
     "audit": Command("read a dataset before training and report what is wrong", "trl_cwdpo.cli.audit:main"),

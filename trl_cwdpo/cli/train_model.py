@@ -25,7 +25,7 @@ def starting_model(model: ModelConfig, args: Any) -> dict[str, Any]:  # noqa: AN
     Raises:
         CommandError: If a new adapter is asked for on top of one that is to be continued.
     """
-    name, quantization = model.model_name_or_path, get_quantization_config(model)
+    name, quantization = str(model.model_name_or_path), get_quantization_config(model)
     if not is_adapter(name):
         return {"model": name, "quantization_config": quantization, "peft_config": get_peft_config(model)}
     if model.use_peft:
