@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +29,6 @@ from trl_cwdpo.cli.pipeline_plan import (
     CONFIG,
     PROBES,
     RECORD,
-    REPORT,
     SPLIT,
     STAGE1,
     STAGE2,
@@ -89,7 +87,6 @@ class Pipeline:
                     return code
             self._gather_probes()
             self._record()
-            self._report()
         print(f"\nDone: {self.layout.folder}")
         return DONE
 
@@ -273,13 +270,6 @@ class Pipeline:
                 "versions": versions(),
             },
         )
-
-    def _report(self) -> None:
-        if find_spec("trl_cwdpo.report") is None:
-            return
-        from trl_cwdpo.cli.report import write_report
-
-        write_report([self.layout.folder], self.layout / REPORT)
 
 
 def _read_json(file: Path) -> Any:  # noqa: ANN401 (any JSON value)
