@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
         for name in ("output_dir", "seed"):
             if getattr(arguments, name) is not None:
                 overrides[name] = getattr(arguments, name)
+        if arguments.recipe is None:
+            raise RecipeError(f"no recipe given; name a YAML file, or one of {', '.join(builtin_recipes())}.")
         recipe = read_recipe(arguments.recipe, overrides)
     except RecipeError as error:
         print(f"usage: {PROGRAM} RECIPE [options]\n{PROGRAM}: error: {error}", file=sys.stderr)
@@ -119,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that `trl-cwdpo recipes` lists")
+    # Not required by argparse, which would say so before it says that an option is unknown
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a YAML file, or a name that `trl-cwdpo recipes` lists"
+    )
     parser.add_argument("--output_dir", metavar="FOLDER", help="folder of the run (default: outputs/NAME)")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of split and training (default: 42)")
     parser.add_argument("--overwrite", action="store_true", help="remove what an earlier run has left in the folder")
