@@ -46,11 +46,14 @@ def documented_defaults(config):
     return defaults
 
 
+PROBE_DEFAULTS = {"probe_dataset_size": 64, "probe_steps": 50, "probe_families": None}
+
 # --- defaults and documentation --------------------------------------------------------------------------------------
 
 
 def test_defaults_of_cwdpo_are_those_of_the_method():
     expected = {
+        **PROBE_DEFAULTS,
         "cooling_mode": "loss",
         "cooling_floor": "auto",
         "cooling_temperature": "auto",
@@ -66,6 +69,7 @@ def test_defaults_of_cwdpo_are_those_of_the_method():
 
 def test_defaults_of_gentle_negative_sft_are_those_of_the_method():
     expected = {
+        **PROBE_DEFAULTS,
         "negative_loss_type": "smoothed",
         "negative_weight": 0.05,
         "negative_label_smoothing": 0.1,
@@ -157,6 +161,23 @@ def test_choices_of_the_command_line_are_those_that_validation_accepts(config, p
 def test_cwdpo_refuses_with_option_value_and_fix(options, parts):
     with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
         cwdpo(**options)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [cwdpo, sft])
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"probe_dataset_size": 0}, ["`probe_dataset_size`", "at least 1", "`probe_steps=0`"]),
+        ({"probe_steps": -1}, ["`probe_steps`", "at least 0", "-1"]),
+        ({"probe_families": ["chosen", "chosn"]}, ["`probe_families`", "['chosn']", "'mismatched'"]),
+        ({"probe_families": []}, ["`probe_families`", "no response family"]),
+    ],
+)
+def test_probe_options_are_refused_with_option_value_and_fix(make, options, parts):
+    with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
+        make(**options)
     for part in parts:
         assert part in str(caught.value)
 
@@ -346,7 +367,9 @@ def test_without_flags_the_parsed_config_is_the_default_one(config, parent):
         assert_number_or_auto(getattr(parsed, field.name), getattr(default, field.name))
 
 
+PROBE_VALUES = {"probe_dataset_size": 16, "probe_steps": 10, "probe_families": ["chosen", "argmax"]}
 CWDPO_VALUES = {
+    **PROBE_VALUES,
     "cooling_mode": "constant",
     "cooling_floor": -2.5,
     "cooling_temperature": 0.15,
@@ -357,6 +380,7 @@ CWDPO_VALUES = {
     "cooling_min_weight": 0.03,
 }
 SFT_VALUES = {
+    **PROBE_VALUES,
     "negative_loss_type": "band",
     "negative_weight": 0.2,
     "negative_label_smoothing": 0.3,
@@ -378,7 +402,8 @@ def test_the_values_of_these_tests_cover_every_option(config, parent, values):
 
 @both_values
 def test_every_option_from_the_command_line(config, parent, values):
-    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    words = {name: value if isinstance(value, list) else [str(value)] for name, value in values.items()}
+    flags = [text for name, given in words.items() for text in (f"--{name}", *given)]
     (parsed,) = TrlParser(config).parse_args_and_config([*CPU_FLAGS, *flags])
     for name, value in values.items():
         assert_number_or_auto(getattr(parsed, name), value)

@@ -21,9 +21,10 @@ from trl_cwdpo import (
     GentleNegativeSFTConfig,
     GentleNegativeSFTTrainer,
 )
+from trl_cwdpo.probe_options import FAMILIES
 from trl_cwdpo.probe_passes import Reference
 from trl_cwdpo.probe_records import read_records
-from trl_cwdpo.probe_rows import FAMILIES, choose_rows
+from trl_cwdpo.probe_rows import choose_rows
 from trl_cwdpo.probe_summary import PairLoss
 from trl_cwdpo.probes import measure
 
@@ -381,3 +382,83 @@ class TestRecords:
         assert type(record).from_dict(data) == record
         with pytest.raises(ValueError, match="schema_version=2"):
             type(record).from_dict({**data, "schema_version": 2})
+
+
+class TestConfigured:
+    """The probes that our trainers add to themselves."""
+
+    def trainer(self, name, model, output, eval_dataset, **options):
+        trainer_class, config_class = TRAINERS[name]
+        args = config_class(**tiny.training_options(output, **options))
+        return trainer_class(model, args=args, train_dataset=tiny.pairs(), eval_dataset=eval_dataset)
+
+    @pytest.mark.parametrize("name", ["CW-DPO", "gentle"])
+    def test_are_there_by_default_with_evaluation_data_and_change_nothing(self, text_model, tmp_path, name):
+        plain = trained(self.trainer(name, text_model, tmp_path / "a", held_out(), probe_steps=0, max_steps=3))
+        assert not (tmp_path / "a" / "probes.jsonl").exists()
+        found = trained(self.trainer(name, text_model, tmp_path / "b", held_out(), max_steps=3))
+        assert_same_run(plain, found)
+        records = read_records(tmp_path / "b")
+        assert [(record.step, record.num_rows) for record in records] == [(0, 10), (3, 10)]
+        assert set(records[0].families) == set(FAMILIES)
+        assert any("probe/ece" in entry for entry in found.state.log_history)
+
+    def test_follow_the_options(self, text_model, tmp_path):
+        options = {"probe_dataset_size": 5, "probe_steps": 2, "probe_families": ["argmax"], "max_steps": 4}
+        evaluation = {"a": held_out(8), "b": held_out(4)}
+        trained(self.trainer("CW-DPO", text_model, tmp_path, evaluation, **options))
+        records = read_records(tmp_path)
+        assert [(record.step, record.num_rows) for record in records] == [(0, 5), (2, 5), (4, 5)]
+        assert set(records[0].families) == {"chosen", "rejected", "argmax"}
+
+    def test_of_a_stream_are_its_first_rows(self, text_model, tmp_path):
+        stream = held_out(8).to_iterable_dataset()
+        trained(self.trainer("CW-DPO", text_model, tmp_path, stream, probe_dataset_size=3, max_steps=1))
+        assert [record.num_rows for record in read_records(tmp_path)] == [3, 3]
+        assert [row["index"] for row in json.loads((tmp_path / "probe_rows.json").read_text())["rows"]] == [0, 1, 2]
+
+    def test_without_evaluation_data_there_are_none_and_what_was_asked_for_is_named(
+        self, text_model, tmp_path, caplog
+    ):
+        trained(self.trainer("CW-DPO", text_model, tmp_path, None, max_steps=1))
+        assert "probes" not in caplog.text
+        trained(self.trainer("CW-DPO", text_model, tmp_path, None, max_steps=1, probe_steps=7))
+        assert "No probes are taken, since there is no `eval_dataset` to take them on (`probe_steps`=7)" in caplog.text
+        assert not (tmp_path / "probes.jsonl").exists()
+
+    def test_what_cannot_be_probed_ends_the_probes_unless_they_were_asked_for(
+        self, text_model, tmp_path, caplog, monkeypatch
+    ):
+        def refuse(*args, **kwargs):
+            raise KeyError("no such column")
+
+        monkeypatch.setattr("trl_cwdpo.probes.choose_rows", refuse)
+        trainer = self.trainer("CW-DPO", text_model, tmp_path, held_out(), max_steps=1)
+        assert "Training goes on without probes" in caplog.text
+        assert "KeyError: 'no such column'" in caplog.text
+        assert trained(trainer).state.global_step == 1
+        with pytest.raises(KeyError):
+            self.trainer("CW-DPO", text_model, tmp_path, held_out(), max_steps=1, probe_steps=7)
+
+    def test_a_model_that_cannot_be_probed_ends_the_probes_unless_they_were_asked_for(
+        self, text_model, tmp_path, caplog, monkeypatch
+    ):
+        def refuse(*args, **kwargs):
+            raise AttributeError("last_hidden_state")
+
+        plain = trained(self.trainer("CW-DPO", text_model, tmp_path / "a", None, max_steps=2))
+        monkeypatch.setattr("trl_cwdpo.probes.measure", refuse)
+        trainer = trained(self.trainer("CW-DPO", text_model, tmp_path / "b", held_out(), max_steps=2))
+        assert "AttributeError: last_hidden_state" in caplog.text
+        assert_same_run(plain, trainer)
+        with pytest.raises(AttributeError):
+            self.trainer("CW-DPO", text_model, tmp_path, held_out(), max_steps=1, probe_steps=7).train()
+
+    def test_give_way_to_a_callback_of_the_user(self, text_model, tmp_path):
+        trainer = self.trainer("CW-DPO", text_model, tmp_path, held_out(), max_steps=2)
+        trainer.add_callback(DeltaLogpProbeCallback(trainer, held_out(), size=3, steps=1))
+        trained(trainer)
+        assert [(record.step, record.num_rows) for record in read_records(tmp_path)] == [(0, 3), (1, 3), (2, 3)]
+        trainer.add_callback(DeltaLogpProbeCallback(trainer, held_out(), size=4, steps=1))
+        with pytest.raises(ValueError, match="several `DeltaLogpProbeCallback`s"):
+            trainer.train()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from .calibration import PRESETS, number_or_auto
+from .probe_options import ProbeOptions
 
 COOLING_MODES = ("loss", "gate", "constant", "off")
 COOLING_PRESETS = tuple(PRESETS)
@@ -15,7 +16,7 @@ COOLING_PRESETS = tuple(PRESETS)
 
 
 @dataclass
-class CWDPOConfig(DPOConfig):
+class CWDPOConfig(ProbeOptions, DPOConfig):
     r"""
     Configuration class for the [`CWDPOTrainer`].
 
@@ -23,6 +24,13 @@ class CWDPOConfig(DPOConfig):
     defaults, see [`~trl.DPOConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
+        probe_dataset_size (`int`, *optional*, defaults to `64`):
+            Rows of the evaluation dataset that are probed, over all processes.
+        probe_steps (`int`, *optional*, defaults to `50`):
+            Optimizer steps between two probes, see [`DeltaLogpProbeCallback`]; 0 switches them off. Without evaluation
+            data there are none.
+        probe_families (`list[str]`, *optional*):
+            Response families to probe; all by default, `chosen` and `rejected` in any case.
         cooling_mode (`str`, *optional*, defaults to `"loss"`):
             What the cooling weight w of a rejected response acts on. `"loss"` (the paper): the log-ratio of the
             rejected response in the loss is multiplied by w. `"gate"`: the loss keeps DPO's value and the gradient of
@@ -101,6 +109,7 @@ class CWDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_probe_options()
         # YAML reads a bare `off` as the boolean
         self.cooling_mode = self.cooling_mode or "off"
         self.cooling_floor = number_or_auto("cooling_floor", self.cooling_floor)

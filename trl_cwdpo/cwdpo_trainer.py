@@ -32,6 +32,7 @@ from .faults import stop_if_not_finite
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs
 from .paper import PAPER
+from .probes import add_configured_probes
 from .run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ class CWDPOTrainer(DPOTrainer):
 
     Pairs with an empty response or with identical responses are left out of the datasets, with a warning that counts
     them. A loss that is not finite stops the run with a [`NonFiniteLossError`] before it reaches the weights.
+
+    With an `eval_dataset`, some of its rows are probed every `probe_steps` steps, which leaves training as it is, see
+    [`DeltaLogpProbeCallback`].
 
     Logged next to TRL's metrics, whose meaning does not change (`rewards/*` and `logps/*` are the uncooled ones):
 
@@ -122,6 +126,7 @@ class CWDPOTrainer(DPOTrainer):
         # Sequence log-probabilities of the last loss, to name the rows behind a loss that is not finite
         self._last_logps: torch.Tensor | None = None
         self._amplification_checked = False
+        add_configured_probes(self)
 
     @property
     def calibration(self) -> CoolingCalibration | None:

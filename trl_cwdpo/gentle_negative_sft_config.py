@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .calibration import number_or_auto
+from .probe_options import ProbeOptions
 
 NEGATIVE_LOSS_TYPES = ("smoothed", "hinge", "band", "none")
 NEGATIVE_REDUCTIONS = ("sequence", "batch")
@@ -14,7 +15,7 @@ DEFAULT_NEGATIVE_WEIGHTS = {"smoothed": 0.05, "hinge": 0.1, "band": 0.1, "none":
 
 
 @dataclass
-class GentleNegativeSFTConfig(SFTConfig):
+class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
     r"""
     Configuration class for the [`GentleNegativeSFTTrainer`].
 
@@ -22,6 +23,13 @@ class GentleNegativeSFTConfig(SFTConfig):
     defaults, see [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
+        probe_dataset_size (`int`, *optional*, defaults to `64`):
+            Rows of the evaluation dataset that are probed, over all processes.
+        probe_steps (`int`, *optional*, defaults to `50`):
+            Optimizer steps between two probes, see [`DeltaLogpProbeCallback`]; 0 switches them off. Without evaluation
+            data there are none.
+        probe_families (`list[str]`, *optional*):
+            Response families to probe; all by default, `chosen` and `rejected` in any case.
         negative_loss_type (`str`, *optional*, defaults to `"smoothed"`):
             What the rejected responses add to the loss. `"smoothed"` (the paper's abstract): their label-smoothed
             negative log-likelihood at a low weight, which keeps them from vanishing. `"hinge"` (the formula in the
@@ -86,6 +94,7 @@ class GentleNegativeSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_probe_options()
         if self.negative_loss_type not in NEGATIVE_LOSS_TYPES:
             raise ValueError(
                 f"`negative_loss_type` must be one of {list(NEGATIVE_LOSS_TYPES)}, got {self.negative_loss_type!r}."

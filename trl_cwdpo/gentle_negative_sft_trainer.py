@@ -33,6 +33,7 @@ from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs
 from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
+from .probes import add_configured_probes
 from .run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ class GentleNegativeSFTTrainer(SFTTrainer):
 
     Pairs with an empty response or with identical responses are left out of the datasets, with a warning that counts
     them. A loss that is not finite stops the run with a [`NonFiniteLossError`] before it reaches the weights.
+
+    With an `eval_dataset`, some of its rows are probed every `probe_steps` steps, which leaves training as it is, see
+    [`DeltaLogpProbeCallback`].
 
     Logged next to TRL's metrics, which describe the chosen responses: `gentle/chosen_nll` and `gentle/rejected_nll`
     (nats per token) and `gentle/negative_loss` (the term, times its weight).
@@ -137,6 +141,7 @@ class GentleNegativeSFTTrainer(SFTTrainer):
         # Of the global batch of the current step: what the term is divided by, and the mean NLL of its rejected tokens
         self._global_count: torch.Tensor | None = None
         self._batch_nll: torch.Tensor | None = None
+        add_configured_probes(self)
 
     def _refuse_sequence_parallelism(self) -> None:
         parallelism = self.accelerator.parallelism_config

@@ -83,7 +83,7 @@ class Passes:
 
         Args:
             families (`Sequence[str]`):
-                Families to run, of `FORWARD_FAMILIES`; `"chosen"` and `"rejected"` among them.
+                Families to run, of `FORWARD_FAMILIES` in `probe_options`; `"chosen"` and `"rejected"` among them.
             batch_size (`int`):
                 Rows a forward pass.
 

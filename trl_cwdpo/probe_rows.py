@@ -22,9 +22,6 @@ from transformers import ProcessorMixin
 from .data import TEXT_TENSORS, one_side, pair_problem, with_image_list
 from .upstream import preference_collator, prepare_preference_dataset
 
-# Measured with a forward pass each; the other families come from the same passes
-FORWARD_FAMILIES = ("chosen", "rejected", "rephrase", "mismatched", "shuffled")
-FAMILIES = (*FORWARD_FAMILIES[:2], "rejected_hard", "rejected_easy", *FORWARD_FAMILIES[2:], "argmax")
 HARDNESS_COLUMNS = ("grade", "hardness")
 IMAGE_COLUMNS = ("image", "images")
 
@@ -116,8 +113,8 @@ class ProbeRows:
             positions (`Sequence[int]`):
                 Positions of the rows.
             family (`str`):
-                One of `FORWARD_FAMILIES`. A row that lacks it gets its chosen response in its place, which keeps
-                the batch whole.
+                One of those with a forward pass. A row that lacks it gets its chosen response in its place, which
+                keeps the batch whole.
             prompts (`dict`):
                 Inputs of the prompts, see [`~ProbeRows.batches`].
 

@@ -9,8 +9,9 @@ import torch
 
 from . import objectives, probe_measures
 from .probe_measures import Interval, bootstrap
+from .probe_options import FAMILIES, FORWARD_FAMILIES
 from .probe_records import FamilyMeasure, ProbeRecord
-from .probe_rows import FAMILIES, FORWARD_FAMILIES, ProbeRows
+from .probe_rows import ProbeRows
 
 SATURATED = 0.9
 EASY_WEIGHT = 0.1

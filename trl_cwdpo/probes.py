@@ -21,9 +21,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from . import upstream
 from .preserved import evaluation_mode, preserved_random_state
 from .probe_measures import gradient_spikes
+from .probe_options import FAMILIES, FORWARD_FAMILIES, check_families
 from .probe_passes import SHARDED, Passes, Reference
 from .probe_records import RECORDS_FILE, ProbeRecord, append_record, read_records, write_records
-from .probe_rows import FAMILIES, FORWARD_FAMILIES, ProbeRows, choose_rows
+from .probe_rows import ProbeRows, choose_rows
 from .probe_summary import PairLoss, summarise
 from .run_state import RunState
 
@@ -141,9 +142,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
             if value < 1:
                 raise ValueError(f"`{name}` of the probes must be at least 1, got {value}.")
         self.families = tuple(families)
-        unknown = sorted(set(self.families) - set(FAMILIES))
-        if unknown:
-            raise ValueError(f"`families` names {unknown}, which do not exist. Choose from {list(FAMILIES)}.")
+        check_families("families", list(self.families))
         self.trainer, self.steps = trainer, steps
         self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
         with preserved_random_state():
@@ -164,6 +163,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take up the probes of the checkpoint that is resumed, or probe before the first update."""
+        self._check_alone()
         self.baseline = self.previous = None
         stored = RunState.of(self.trainer).values.get(STATE_KEY) if state.global_step else None
         if stored is not None and stored["digest"] == self.rows.digest:
@@ -179,7 +179,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
             self._prepare_files(state.global_step)
         if self.baseline is None:
             self._calibrate()
-            self._probe(state, control)
+            self._first_probe(state, control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,6 +188,18 @@ class DeltaLogpProbeCallback(TrainerCallback):
         last = control.should_training_stop or state.global_step >= state.max_steps
         if last or state.global_step % self.steps == 0:
             self._probe(state, control)
+
+    def _check_alone(self) -> None:
+        mine = [
+            callback
+            for callback in self.trainer.callback_handler.callbacks
+            if isinstance(callback, DeltaLogpProbeCallback) and not isinstance(callback, ConfiguredProbes)
+        ]
+        if len(mine) > 1:
+            raise ValueError("The trainer has several `DeltaLogpProbeCallback`s, whose records would mix. Add one.")
+
+    def _first_probe(self, state: TrainerState, control: TrainerControl) -> None:
+        self._probe(state, control)
 
     def _prepare_files(self, step: int) -> None:
         folder = Path(self.trainer.args.output_dir)
@@ -245,6 +257,97 @@ class DeltaLogpProbeCallback(TrainerCallback):
         spikes = gradient_spikes([norm for _, norm in logged])
         # The norm of a step is logged after its probe
         return sum(bool(spike) for (step, _), spike in zip(logged, spikes, strict=True) if step >= self.previous.step)
+
+
+class ConfiguredProbes(DeltaLogpProbeCallback):
+    """
+    The probes that a trainer adds to itself. They give way to a callback that the user adds.
+
+    Where the user has not asked for them, what stands in the way of the first probe ends the probes, not the run.
+
+    Args:
+        trainer ([`CWDPOTrainer`] or [`GentleNegativeSFTTrainer`]):
+            The trainer, whose `args` have the probe options.
+        asked (`bool`):
+            Whether the user has set an option of them.
+    """
+
+    def __init__(self, trainer: Any, *, asked: bool) -> None:  # noqa: ANN401
+        args = trainer.args
+        self.asked, self.ended = asked, False
+        super().__init__(
+            trainer,
+            size=args.probe_dataset_size,
+            steps=args.probe_steps,
+            families=args.probe_families or FAMILIES,
+            # The policy's forward takes pairs: without gradients, as many rows never need more memory
+            batch_size=2 * args.per_device_train_batch_size,
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give way to another, or begin."""
+        self.ended = any(
+            isinstance(callback, DeltaLogpProbeCallback) and callback is not self
+            for callback in self.trainer.callback_handler.callbacks
+        )
+        if not self.ended:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As [`DeltaLogpProbeCallback`], unless the probes have ended."""
+        if not self.ended:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def _first_probe(self, state: TrainerState, control: TrainerControl) -> None:
+        try:
+            super()._first_probe(state, control)
+        except Exception as error:
+            if self.asked:
+                raise
+            self.ended = True
+            _warn_off(self.trainer, error)
+
+
+def add_configured_probes(trainer: Any) -> None:  # noqa: ANN401
+    """
+    Add the probes that a trainer's `args` ask for: by default, wherever there are evaluation data.
+
+    Args:
+        trainer ([`CWDPOTrainer`] or [`GentleNegativeSFTTrainer`]):
+            The trainer, complete but for this.
+
+    Raises:
+        ValueError: If the user has set a probe option and the evaluation data cannot be probed.
+    """
+    args = trainer.args
+    asked = args.chosen_probe_options
+    if args.probe_steps == 0:
+        return
+    if trainer.eval_dataset is None:
+        if asked and trainer.accelerator.is_main_process:
+            written = ", ".join(f"`{name}`={value!r}" for name, value in asked.items())
+            logger.warning("No probes are taken, since there is no `eval_dataset` to take them on (%s).", written)
+        return
+    try:
+        trainer.add_callback(ConfiguredProbes(trainer, asked=bool(asked)))
+    except Exception as error:
+        if asked:
+            raise
+        _warn_off(trainer, error)
+
+
+def _warn_off(trainer: Any, error: Exception) -> None:  # noqa: ANN401
+    if trainer.accelerator.is_main_process:
+        logger.warning(
+            "Training goes on without probes, which the evaluation data or the model do not allow: %s: %s\n"
+            "`probe_steps=0` switches them off.",
+            type(error).__name__,
+            error,
+        )
 
 
 def _held_out(trainer: Any, dataset: Any) -> Any:  # noqa: ANN401

@@ -80,6 +80,9 @@ def test_tree_skipping_and_refusals(text_model, text_data, tmp_path, in_this_pro
     assert in_this_process == ["check", "prepare", "stage1", "stage2", "evaluate"]
     split = json.loads((out / "split.json").read_text())
     assert [len(split[name]) for name in ("stage1", "stage2", "held_out")] == [15, 5, 4]
+    probes = [json.loads(line) for line in (out / "probes.jsonl").read_text().splitlines()]
+    steps = [(probe["stage"], probe["step"], probe["num_rows"]) for probe in probes]
+    assert steps == [("stage1", 0, 4), ("stage1", 2, 4), ("stage2", 0, 4), ("stage2", 2, 4)]
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert evaluation["reference"] == "stage1"
     first, second = (evaluation["models"][name] for name in ("stage1", "stage2"))

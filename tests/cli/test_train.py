@@ -15,6 +15,7 @@ from trl_cwdpo.cli import main
 from trl_cwdpo.cli.launching import NUM_PROCESSES
 from trl_cwdpo.cli.model_card import public_name
 from trl_cwdpo.cli.progress import columns_of, summary
+from trl_cwdpo.probe_records import read_records
 
 STEP = re.compile(r"^step (\d+)/(\d+)  loss (\S+)  (.*)  lr \S+$", re.MULTILINE)
 
@@ -235,3 +236,17 @@ def test_table_of_what_was_logged():
         "  weight      0.250    0.750    0.500          –",
     ]
     assert summary([], columns_of("sft", args)) == ""
+
+
+def test_a_test_split_is_probed_though_nothing_is_evaluated(flags, tmp_path):
+    folder = tmp_path / "two_splits"
+    folder.mkdir()
+    for split, seed in (("train", 0), ("test", 1)):
+        tiny.pairs(12, seed=seed).to_json(folder / f"{split}.jsonl")
+    given = [*flags, "--dataset_name", str(folder), "--probe_families", "chosen", "argmax"]
+    assert main(["cwdpo", *given]) == 0
+    records = read_records(tmp_path / "out")
+    assert [(record.step, record.num_rows) for record in records] == [(0, 12), (2, 12)]
+    assert set(records[0].families) == {"chosen", "rejected", "argmax"}
+    assert main(["sft", *given, "--output_dir", str(tmp_path / "off"), "--probe_steps", "0"]) == 0
+    assert not (tmp_path / "off" / "probes.jsonl").exists()

@@ -47,7 +47,8 @@ def recipe(script: Any, args: Any, model: Any) -> dict[str, Any]:  # noqa: ANN40
     Returns:
         `dict[str, Any]`: Plain values by option, usable as a YAML file for `--config`.
     """
-    parent = {field.name for field in dataclasses.fields(type(args).__mro__[1])}
+    trls = next(base for base in type(args).__mro__ if base.__module__.startswith("trl."))
+    parent = {field.name for field in dataclasses.fields(trls)}
     ours = [field.name for field in dataclasses.fields(args) if field.name not in parent]
     of_model = (*MODEL, *(LORA if model.use_peft else ()))
     options = {

@@ -132,8 +132,11 @@ class Run:
         rows = everything if data.train_rows is None else select_rows(everything, data.train_rows, "train_rows")
         if data.eval_rows is not None:
             return rows, select_rows(everything, data.eval_rows, "eval_rows")
-        evaluates = args.eval_strategy != "no"
-        return rows, _split(dataset, "dataset_test_split", script.dataset_test_split) if evaluates else None
+        # Probes take what is there; an evaluation cannot do without
+        probes = args.probe_steps > 0 and script.dataset_test_split in dataset
+        if args.eval_strategy == "no" and not probes:
+            return rows, None
+        return rows, _split(dataset, "dataset_test_split", script.dataset_test_split)
 
     def _train(self, trainer: Any, checkpoint: str | None) -> Any:  # noqa: ANN401 (either trainer)
         try:

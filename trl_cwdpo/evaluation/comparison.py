@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from trl_cwdpo.probe_options import FAMILIES
 from trl_cwdpo.probe_passes import Reference
 from trl_cwdpo.probe_records import ProbeRecord
-from trl_cwdpo.probe_rows import FAMILIES, ProbeRows
+from trl_cwdpo.probe_rows import ProbeRows
 from trl_cwdpo.probes import measure
 from trl_cwdpo.upstream.models import load_model
 

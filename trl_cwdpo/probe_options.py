@@ -1,0 +1,70 @@
+"""Options of the Δ log p probes, the same for both stages."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# Measured with a forward pass each; the other families come from the same passes
+FORWARD_FAMILIES = ("chosen", "rejected", "rephrase", "mismatched", "shuffled")
+FAMILIES = (*FORWARD_FAMILIES[:2], "rejected_hard", "rejected_easy", *FORWARD_FAMILIES[2:], "argmax")
+DEFAULT_SIZE, DEFAULT_STEPS = 64, 50
+
+
+def check_families(option: str, families: list[str]) -> None:
+    """Raise a `ValueError` that names `option`, if there is an unknown family or none."""
+    unknown = sorted(set(families) - set(FAMILIES))
+    if unknown or not families:
+        raise ValueError(
+            f"`{option}` names {f'{unknown}, which do not exist' if unknown else 'no response family'}. Choose from "
+            f"{list(FAMILIES)}."
+        )
+
+
+@dataclass
+class ProbeOptions:
+    """
+    What a configuration of either stage says about probes. Mixed into both, before TRL's configuration.
+
+    Parameters:
+        probe_dataset_size (`int`, *optional*, defaults to `64`):
+            Rows of the evaluation dataset that are probed, over all processes.
+        probe_steps (`int`, *optional*, defaults to `50`):
+            Optimizer steps between two probes; 0 switches them off.
+        probe_families (`list[str]`, *optional*):
+            Response families; all by default.
+    """
+
+    probe_dataset_size: int = field(
+        default=DEFAULT_SIZE,
+        metadata={"help": "Rows of the evaluation dataset that are probed, over all processes."},
+    )
+    probe_steps: int = field(
+        default=DEFAULT_STEPS,
+        metadata={
+            "help": "Optimizer steps between two probes of the response families' log-probabilities; 0 switches "
+            "probes off. Probes need evaluation data and leave training as it is to the last bit."
+        },
+    )
+    probe_families: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Response families to probe, out of chosen, rejected, rejected_hard, rejected_easy, rephrase, "
+            "mismatched, shuffled and argmax. All by default; chosen and rejected in any case."
+        },
+    )
+
+    def _check_probe_options(self) -> None:
+        if self.probe_dataset_size < 1:
+            raise ValueError(
+                f"`probe_dataset_size` must be at least 1, got {self.probe_dataset_size}. To switch probes off, set "
+                "`probe_steps=0`."
+            )
+        if self.probe_steps < 0:
+            raise ValueError(f"`probe_steps` must be at least 0 (no probes), got {self.probe_steps}.")
+        if self.probe_families is not None:
+            check_families("probe_families", self.probe_families)
+
+    @property
+    def chosen_probe_options(self) -> dict[str, Any]:
+        """The probe options that differ from their defaults, by name: what the user has asked for."""
+        defaults = {"probe_dataset_size": DEFAULT_SIZE, "probe_steps": DEFAULT_STEPS, "probe_families": None}
+        return {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
