@@ -23,9 +23,19 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"_version"}),
     frozenset({"formats", "objectives", "probe_measures", "probe_options"}),
     frozenset(
-        {"calibration", "data", "data_arguments", "image_paths", "paper", "preserved", "probe_records", "upstream"}
+        {
+            "calibration",
+            "data",
+            "data_arguments",
+            "image_paths",
+            "paper",
+            "preserved",
+            "probe_records",
+            "reference_store",
+            "upstream",
+        }
     ),
-    frozenset({"cwdpo_config", "gentle_negative_sft_config", "probe_rows"}),
+    frozenset({"cwdpo_config", "gentle_negative_sft_config", "probe_rows", "reference_keys"}),
     # What the trainers are put together from.
     frozenset(
         {

@@ -190,7 +190,18 @@ def test_trainers_take_exactly_the_arguments_of_their_parents(ours, theirs):
 @pytest.mark.parametrize(
     ("ours", "theirs", "methods"),
     [
-        (CWDPOTrainer, DPOTrainer, ["_compute_loss", "compute_loss", "log"]),
+        (
+            CWDPOTrainer,
+            DPOTrainer,
+            [
+                "_compute_loss",
+                "_precompute_ref_logps",
+                "compute_loss",
+                "create_accelerator_and_postprocess",
+                "get_eval_dataloader",
+                "log",
+            ],
+        ),
         (
             GentleNegativeSFTTrainer,
             SFTTrainer,

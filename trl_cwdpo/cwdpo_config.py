@@ -52,6 +52,10 @@ class CWDPOConfig(ProbeOptions, DPOConfig):
             very easy negatives then changes sign.
         cooling_min_weight (`float`, *optional*, defaults to `0.0`):
             Rejected responses with a smaller weight get weight 0; the chosen side of their pairs still trains.
+        reference_cache_dir (`str`, *optional*):
+            Folder for reference log-probabilities. Those that it lacks are computed before training begins, by all
+            processes, and stay there for later runs; training then runs no reference forward and keeps no reference
+            model. Works for text and pictures, datasets in memory and streams.
     """
 
     cooling_mode: str = field(
@@ -106,6 +110,14 @@ class CWDPOConfig(ProbeOptions, DPOConfig):
             "still trains."
         },
     )
+    reference_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for reference log-probabilities. Those that it lacks are computed before training begins "
+            "and stay there for later runs; training then runs no reference forward and keeps no reference model. "
+            "Works for text and pictures, datasets in memory and streams."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,9 +161,25 @@ class CWDPOConfig(ProbeOptions, DPOConfig):
                 f"{self.cooling_constant} is smaller. Lower `cooling_min_weight`, or set `cooling_constant=0` if that "
                 "is meant."
             )
+        if self.reference_cache_dir is not None:
+            self._check_reference_cache()
         if self.cooling_mode != "off" and "aot" in self.loss_type:
             raise ValueError(
                 "`loss_type='aot'` sorts policy and reference log-ratios apart, so no weight of a pair survives it; "
                 f"it cannot be combined with `cooling_mode={self.cooling_mode!r}`. Use `loss_type='aot_unpaired'` or "
                 "another loss, or `cooling_mode='off'`."
+            )
+
+    def _check_reference_cache(self) -> None:
+        if not self.reference_cache_dir:
+            raise ValueError("`reference_cache_dir` is empty. Name a folder, or leave it out for no cache.")
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "`reference_cache_dir` and `precompute_ref_log_probs=True` do the same thing. Leave out the latter: "
+                "the cache also covers pictures, streams and several processes, and is kept for later runs."
+            )
+        if self.sync_ref_model:
+            raise ValueError(
+                "`reference_cache_dir` needs a fixed reference, which `sync_ref_model=True` moves during training. "
+                "Set `sync_ref_model=False`, or leave out `reference_cache_dir`."
             )

@@ -8,11 +8,13 @@ comes from the same forward pass, so cooling costs no extra pass through the mod
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -33,7 +35,9 @@ from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs
 from .paper import PAPER
 from .probes import add_configured_probes
+from .reference_cache import COLUMNS, ReferenceCache
 from .run_state import RunState
+from .upstream import reference
 
 logger = logging.getLogger(__name__)
 
@@ -104,29 +108,88 @@ class CWDPOTrainer(DPOTrainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         args = upstream.resolve_config(CWDPOConfig, args, model, "CWDPO")
+        # Without a reference model of the user's or an adapter to switch off, TRL would load the model a second time
+        self._keeps_one_model = args.reference_cache_dir is not None and ref_model is None
+        self._reference_of_init: torch.nn.Module | None = None
         train_dataset, eval_dataset, self.dropped_pairs = drop_unusable_pairs_of_splits(train_dataset, eval_dataset)
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with reference.restored_options(args):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         if data_collator is None:
             drop_overlong_pairs(self)
         self.data_collator = PreferenceCollator(self.data_collator, args.max_length)
         self.add_callback(RunState())
+        self.reference_cache = self._fill_reference_cache(custom_collator=data_collator is not None)
         # Sequence log-probabilities of the last loss, to name the rows behind a loss that is not finite
         self._last_logps: torch.Tensor | None = None
         self._amplification_checked = False
         add_configured_probes(self)
+
+    # --- the reference, from disk -----------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As [`~transformers.Trainer`]; with a reference cache, TRL then loads no reference model."""
+        super().create_accelerator_and_postprocess()
+        if self._keeps_one_model and not upstream.is_peft_model(self.model):
+            self.args.precompute_ref_log_probs = True
+        self._keeps_one_model = False  # the accelerator is made again where training restarts with a smaller batch
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if self.args.reference_cache_dir is None:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        # Under FSDP, TRL loads a reference for what it calls this for, and then lets go of it
+        self._reference_of_init = self.ref_model
+        return dataset
+
+    def _fill_reference_cache(self, *, custom_collator: bool) -> ReferenceCache | None:
+        folder = self.args.reference_cache_dir
+        if folder is None:
+            return None
+        reference.refuse_noisy_reference(self)
+        cache = ReferenceCache(self, folder, custom_collator=custom_collator, kept_reference=self._reference_of_init)
+        cache.cover(self.train_dataset, "train")
+        if self.eval_dataset is not None:
+            cache.cover(self.eval_dataset, "eval")
+        cache.release()
+        self.ref_model = self._reference_of_init = None
+        return cache
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """As [`~transformers.Trainer`]; a dataset that is new to the reference cache is added to it."""
+        if self.reference_cache is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
+            self.reference_cache.cover(eval_dataset, "eval")
+            self.reference_cache.release()
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _has_references(self, inputs: dict[str, Any]) -> bool:
+        """Whether a batch brings the log-probabilities of the reference; raises if nobody could compute them."""
+        if self.precompute_ref_logps:
+            return True
+        cache = self.reference_cache
+        if cache is None or all(column in inputs for column in COLUMNS):
+            return cache is not None
+        if not cache.has_adapter_reference:
+            raise cache.unknown_row(inputs)
+        return False
+
+    def _references(
+        self, inputs: dict[str, Any], kwargs: dict[str, Any], *, stored: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if stored:
+            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        return self._reference_logps(inputs["completion_mask"], kwargs)
 
     @property
     def calibration(self) -> CoolingCalibration | None:
@@ -222,16 +285,17 @@ class CWDPOTrainer(DPOTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if self.args.cooling_mode == "off":
             tap = upstream.PolicyTap(model, lambda outputs, _: self._remember_logps(outputs))
-            return super()._compute_loss(tap, inputs, return_outputs)
+            with upstream.references_in_inputs(self) if self._has_references(inputs) else nullcontext():
+                return super()._compute_loss(tap, inputs, return_outputs)
 
         self._calibrate_once(model)
         inputs = dict(inputs)
-        precomputed = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]) if self.precompute_ref_logps else None
+        stored = self._has_references(inputs)
         pairs: dict[str, torch.Tensor] = {}
 
         def cool(outputs: upstream.FusedCausalLMOutput, kwargs: dict[str, Any]) -> None:
             self._remember_logps(outputs)
-            references = precomputed or self._reference_logps(inputs["completion_mask"], kwargs)
+            references = self._references(inputs, kwargs, stored=stored)
             pairs.update(self._cool_pairs(outputs, inputs["completion_mask"], references))
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = pairs["ref_chosen"], pairs["cooled_ref"]
 

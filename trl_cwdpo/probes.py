@@ -365,7 +365,9 @@ def _held_out(trainer: Any, dataset: Any) -> Any:  # noqa: ANN401
 def _reference(trainer: Any) -> Reference | None:  # noqa: ANN401
     unwrap = trainer.accelerator.unwrap_model
     model = getattr(trainer, "ref_model", None)
-    if model is None and not upstream.is_peft_model(trainer.model):
+    cache: Any = getattr(trainer, "reference_cache", None)
+    switched_off = upstream.is_peft_model(trainer.model) and (cache is None or cache.has_adapter_reference)
+    if model is None and not switched_off:
         return None
     return Reference(
         model=upstream.unwrapped(unwrap(trainer.model if model is None else model)),
