@@ -62,6 +62,7 @@ def test_defaults_of_cwdpo_are_those_of_the_method():
         "cooling_constant": 0.5,
         "cooling_stop_gradient": True,
         "cooling_min_weight": 0.0,
+        "reference_cache_dir": None,
     }
     config = cwdpo()
     assert {name: getattr(config, name) for name in expected} == expected
@@ -378,6 +379,7 @@ CWDPO_VALUES = {
     "cooling_constant": 0.25,
     "cooling_stop_gradient": True,
     "cooling_min_weight": 0.03,
+    "reference_cache_dir": "outputs/reference",
 }
 SFT_VALUES = {
     **PROBE_VALUES,
