@@ -38,6 +38,7 @@ from .probes import add_configured_probes
 from .reference_cache import COLUMNS, ReferenceCache
 from .run_state import RunState
 from .upstream import reference
+from .upstream.resuming import FinishedRunStaysFinished
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ EASY_WEIGHT = 0.1
 EXTREMES = {"cooling/weight_min": min, "cooling/weight_max": max}
 
 
-class CWDPOTrainer(DPOTrainer):
+class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
     r"""
     Trainer for Cooling-Weighted DPO, stage 2 of *Learning Dynamics of VLM Finetuning*
     ([arXiv 2510.11978](https://huggingface.co/papers/2510.11978)).

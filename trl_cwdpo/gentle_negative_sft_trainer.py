@@ -35,13 +35,14 @@ from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
 from .probes import add_configured_probes
 from .run_state import RunState
+from .upstream.resuming import FinishedRunStaysFinished
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_SIZE = 256
 
 
-class GentleNegativeSFTTrainer(SFTTrainer):
+class GentleNegativeSFTTrainer(FinishedRunStaysFinished, SFTTrainer):
     r"""
     Trainer for stage 1 of *Learning Dynamics of VLM Finetuning* ([arXiv
     2510.11978](https://huggingface.co/papers/2510.11978)): supervised finetuning with gentle negatives.
