@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "image_paths",
             "paper",
             "preserved",
+            "probe_examples",
             "probe_records",
             "reference_store",
             "upstream",

@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 
 from .data import TEXT_TENSORS, one_side, pair_problem, with_image_list
+from .probe_examples import ProbeExample, make_example
 from .upstream import preference_collator, prepare_preference_dataset
 
 HARDNESS_COLUMNS = ("grade", "hardness")
@@ -64,6 +65,8 @@ class ProbeRows:
             Seed of the draw.
         prompt_inputs (`Callable`, *optional*):
             Makes the model's inputs of the prompts of some rows, given their positions, where there are pictures.
+        examples (`tuple[ProbeExample, ...]`, *optional*):
+            The rows for people, in the same order; no part of the digest.
     """
 
     rows: tuple[ProbeRow, ...]
@@ -71,6 +74,7 @@ class ProbeRows:
     has_hardness: bool = False
     seed: int = 0
     prompt_inputs: Callable[[Sequence[int]], dict[str, Any]] | None = None
+    examples: tuple[ProbeExample, ...] = ()
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -86,7 +90,12 @@ class ProbeRows:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: what is saved with a run."""
-        return {"seed": self.seed, "digest": self.digest, "rows": json.loads(self._json())}
+        return {
+            "seed": self.seed,
+            "digest": self.digest,
+            "rows": json.loads(self._json()),
+            "examples": [asdict(example) for example in self.examples],
+        }
 
     def batches(self, positions: Sequence[int], batch_size: int) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
         """
@@ -190,12 +199,17 @@ def choose_rows(
     rows, pairs = [raw[i] for i in kept], [pairs[i] for i in kept]
     _add_mismatched_and_shuffled(pairs, tokenizer.eos_token_id, seed)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    chosen_rows = tuple(_row(index, row, pair, cut) for (index, row), pair in zip(rows, pairs, strict=True))
     return ProbeRows(
-        rows=tuple(_row(index, row, pair, cut) for (index, row), pair in zip(rows, pairs, strict=True)),
+        rows=chosen_rows,
         pad_token_id=pad_token_id,
         has_hardness=any(_hardness(row) is not None for _, row in rows),
         seed=seed,
         prompt_inputs=_PromptInputs([row for _, row in rows], processing_class) if has_images else None,
+        examples=tuple(
+            make_example(row, ours.prompt_ids, ours.completions, tokenizer)
+            for (_, row), ours in zip(rows, chosen_rows, strict=True)
+        ),
     )
 
 

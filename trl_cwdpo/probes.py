@@ -204,7 +204,8 @@ class DeltaLogpProbeCallback(TrainerCallback):
     def _prepare_files(self, step: int) -> None:
         folder = Path(self.trainer.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ROWS_FILE).write_text(json.dumps(self.rows.to_dict()), encoding="utf-8")
+        described = {**self.rows.to_dict(), "run": _described(self.trainer)}
+        (folder / ROWS_FILE).write_text(json.dumps(described), encoding="utf-8")
         records = folder / RECORDS_FILE
         # A new run starts anew; what a resumed run had measured after its checkpoint will be measured again
         kept = [record for record in read_records(records) if record.step <= step] if step and records.exists() else []
@@ -360,6 +361,13 @@ def _held_out(trainer: Any, dataset: Any) -> Any:  # noqa: ANN401
             "of them."
         )
     return dataset
+
+
+def _described(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
+    # For a report: which trainer, and its options. transformers hides tokens in them
+    options = trainer.args.to_dict()
+    plain = {name: value for name, value in options.items() if isinstance(value, bool | int | float | str | list)}
+    return {"trainer": type(trainer).__name__, "options": json.loads(json.dumps(plain, default=str))}
 
 
 def _reference(trainer: Any) -> Reference | None:  # noqa: ANN401

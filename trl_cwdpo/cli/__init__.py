@@ -46,6 +46,9 @@ COMMANDS: dict[str, Command] = {
     "recipes": Command("list, show or copy the recipes that come along", "trl_cwdpo.cli.run:recipes"),
     "sft": Command("train stage 1: SFT with gentle negatives", "trl_cwdpo.cli.train:sft"),
     "cwdpo": Command("train stage 2: Cooling-Weighted DPO", "trl_cwdpo.cli.train:cwdpo"),
+    "report": Command(
+        "write an HTML report of runs: what training did, and what to change", "trl_cwdpo.cli.report:main"
+    ),
     "audit": Command("read a dataset before training and report what is wrong", "trl_cwdpo.cli.audit:main"),
     "demo": Command("both stages beside plain DPO on a toy task, in minutes and offline", "trl_cwdpo.cli.demo:main"),
     "env": Command("print versions and devices, for bug reports", "trl_cwdpo.cli.env:main"),

@@ -1,0 +1,248 @@
+"""What a run's probes say, in plain words."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trl_cwdpo.probe_measures import Interval
+from trl_cwdpo.probe_records import ProbeRecord
+from trl_cwdpo.report.tracks import Track
+from trl_cwdpo.signals import DEFAULTS, SignalThresholds, diagnose, raised_flags
+
+FAMILY_NAMES = {
+    "chosen": "chosen",
+    "rejected": "rejected, all",
+    "rejected_hard": "rejected, hard",
+    "rejected_easy": "rejected, easy",
+    "rephrase": "rephrased",
+    "mismatched": "another row's chosen",
+    "shuffled": "chosen, shuffled",
+    "argmax": "greedy tokens",
+}
+FLAG_MEANINGS = {
+    "displacement": "the chosen responses lose probability although the margin grows",
+    "squeezing": "probability gathers on what the model would say anyway",
+    "miscalibration": "the model has become surer than it is right",
+    "drift": "the model has moved far from its reference",
+    "saturation": "nearly all pairs are learned; further steps push without need",
+    "cooled_out": "the rejected responses have become so unlikely that they teach nothing",
+}
+# Tone of a verdict: what a reader sees first
+GOOD, WATCH, BAD, NEUTRAL = "good", "watch", "bad", "neutral"
+
+
+@dataclass(frozen=True)
+class FlagHistory:
+    """
+    When a flag was raised.
+
+    Args:
+        name (`str`):
+            The flag.
+        meaning (`str`):
+            What it means.
+        first_step (`int`):
+            Step of the first probe that raised it.
+        probes (`int`):
+            How many probes raised it.
+        of (`int`):
+            How many probes there are.
+        is_raised (`bool`):
+            Whether the last probe raises it.
+        reason (`str`):
+            What the last probe that raised it says.
+    """
+
+    name: str
+    meaning: str
+    first_step: int
+    probes: int
+    of: int
+    is_raised: bool
+    reason: str
+
+    def __str__(self) -> str:
+        """A sentence."""
+        when = "raised by the last probe" if self.is_raised else "not raised any more"
+        return (
+            f"{self.meaning[0].upper()}{self.meaning[1:]}. First at step {self.first_step}, in {self.probes} of "
+            f"{self.of} probes, {when}."
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What is to be said of one training.
+
+    Args:
+        title (`str`):
+            The diagnosis.
+        tone (`str`):
+            `"good"`, `"watch"`, `"bad"` or `"neutral"`.
+        advice (`str`):
+            What to do.
+        reason (`str`):
+            The numbers it rests on.
+        sentences (`tuple[str, ...]`):
+            What happened, one sentence each.
+        flags (`tuple[FlagHistory, ...]`):
+            The flags that were raised.
+        missing (`tuple[str, ...]`):
+            What the run did not record, and how to get it.
+    """
+
+    title: str
+    tone: str
+    advice: str
+    reason: str
+    sentences: tuple[str, ...] = ()
+    flags: tuple[FlagHistory, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+def judge(track: Track, thresholds: SignalThresholds = DEFAULTS) -> Verdict:
+    """
+    Say what happened in a training.
+
+    Args:
+        track ([`~trl_cwdpo.report.tracks.Track`]):
+            The training.
+        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
+            The numbers of the rules.
+
+    Returns:
+        [`Verdict`].
+    """
+    missing = tuple(_missing(track))
+    if len(track.records) < 2:
+        title = "not probed" if not track.records else "one probe only"
+        advice = "Without a second probe nothing can be said about what training changes."
+        return Verdict(title, NEUTRAL, advice, "", missing=missing)
+    flags = tuple(flag_history(track.records, thresholds))
+    sentences = tuple(_sentences(track.records[0], track.records[-1]))
+    raised = [flag.name for flag in flags if flag.is_raised]
+    if track.is_supervised:
+        # The table of diagnoses is about pairs
+        tone = BAD if "drift" in raised else WATCH if raised else GOOD
+        title = f"flags: {', '.join(_words(name) for name in raised)}" if raised else "no flags"
+        advice = "See below what they mean." if raised else "Go on with stage 2."
+        return Verdict(title, tone, advice, "", sentences, flags, missing)
+    diagnosis = diagnose(track.records[-1], thresholds)
+    tones = {"healthy": WATCH if raised else GOOD, "unclear": WATCH if raised else NEUTRAL}
+    tone = tones.get(diagnosis.name, BAD)
+    return Verdict(diagnosis.name, tone, diagnosis.advice, diagnosis.reason, sentences, flags, missing)
+
+
+def flag_history(records: Sequence[ProbeRecord], thresholds: SignalThresholds = DEFAULTS) -> list[FlagHistory]:
+    """
+    Every flag that some probe of a run raised, in order of appearance.
+
+    Args:
+        records (`Sequence[ProbeRecord]`):
+            All probes of the run.
+        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
+            The numbers of the rules.
+
+    Returns:
+        `list[FlagHistory]`.
+    """
+    raised = [(records[end], raised_flags(records[: end + 1], thresholds)) for end in range(len(records))]
+    histories = []
+    for name in dict.fromkeys(name for _, flags in raised for name in flags):
+        found = [(record.step, flags[name]) for record, flags in raised if name in flags]
+        histories.append(
+            FlagHistory(
+                name=_words(name),
+                meaning=FLAG_MEANINGS.get(name, _words(name)),
+                first_step=found[0][0],
+                probes=len(found),
+                of=len(records),
+                is_raised=name in raised[-1][1],
+                reason=found[-1][1],
+            )
+        )
+    return histories
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _missing(track: Track) -> list[str]:
+    lines = []
+    if not track.records:
+        lines.append(
+            "No probes were taken, so there is no diagnosis, and no curve of what training does to each kind of "
+            "response. Give the trainer an `eval_dataset` (with `trl-cwdpo`: a test split, or `eval_rows`); for a "
+            "trainer of TRL's, add `trainer.add_callback(DeltaLogpProbeCallback(trainer, held_out_pairs))`."
+        )
+    elif not track.examples:
+        lines.append("The texts and pictures of the probed rows were not saved; runs of this version save them.")
+    if not track.log:
+        lines.append(
+            "No training log was found, so there is no loss and no gradient norm. Call `trainer.save_state()` after "
+            "training, or let the trainer save checkpoints."
+        )
+    if not track.options:
+        lines.append("The options of the run were not recorded. `trl-cwdpo` and the probes record them.")
+    return lines
+
+
+def _sentences(first: ProbeRecord, last: ProbeRecord) -> list[str]:
+    chosen, rejected = last.delta0("chosen"), last.delta0("rejected")
+    lines = []
+    if chosen is not None:
+        lines.append(f"Chosen responses {_change(chosen)}.")
+    if rejected is not None:
+        lines.append(f"Rejected responses {_change(rejected)}{_by_hardness(last)}.")
+    lines.append(_margin(first, last))
+    if last.weight is not None:
+        before = "" if first.weight is None else f" (at first {first.weight:.2f})"
+        easy = f"; {last.easy_fraction:.0%} of the negatives are easy (w < 0.1)" if last.easy_fraction else ""
+        lines.append(f"The mean cooling weight is {last.weight:.2f}{before}{easy}.")
+    elif last.loser_share is not None:
+        lines.append("No cooling weights were at work.")
+    lines.append(_calibration(first, last))
+    return lines
+
+
+def _change(delta: Interval) -> str:
+    """A change of average log-probability, in nats and as a factor for each token."""
+    if abs(delta.mean) < 5e-4:
+        return f"stayed where they were (Δ {delta.mean:+.4f} nats per token)"
+    factor = math.expm1(delta.mean)
+    word = "gained" if delta.mean > 0 else "lost"
+    surely = "" if delta.low > 0 or delta.high < 0 else ", which may be chance"
+    return (
+        f"{word} {abs(delta.mean):.3f} nats per token (95 % interval {delta.low:+.3f} to {delta.high:+.3f}): each "
+        f"token became {abs(factor):.1%} {'likelier' if factor > 0 else 'less likely'}{surely}"
+    )
+
+
+def _by_hardness(record: ProbeRecord) -> str:
+    hard, easy = record.delta0("rejected_hard"), record.delta0("rejected_easy")
+    if hard is None or easy is None:
+        return ""
+    return f"; hard ones {hard.mean:+.3f}, easy ones {easy.mean:+.3f}"
+
+
+def _margin(first: ProbeRecord, last: ProbeRecord) -> str:
+    won = (
+        ""
+        if last.accuracy is None or not any(last.row_margins)
+        else f"; the chosen response gained more in {last.accuracy:.0%} of the pairs"
+    )
+    return (
+        f"The margin between them went from {first.margin.mean:.2f} to {last.margin.mean:.2f} nats per response{won}."
+    )
+
+
+def _calibration(first: ProbeRecord, last: ProbeRecord) -> str:
+    distance = (
+        "" if last.total_variation is None else (f"; total variation to the reference {last.total_variation:.3f}")
+    )
+    return (
+        f"Calibration error {first.ece:.3f} → {last.ece:.3f}, probability of the most likely token "
+        f"{first.top1_mass:.3f} → {last.top1_mass:.3f}{distance}."
+    )
