@@ -29,7 +29,10 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         `int`: The exit code.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.runs:  # not left to argparse, which would say this first where an option is misspelt
+        parser.error("no RUN given: name the output directory of a training")
     output = arguments.output or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / FILE
     quiet = arguments.json == "-"
 
@@ -61,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-cwdpo report",
+        usage="trl-cwdpo report [-h] [-o FILE] [--png DIR] [--json FILE] RUN [RUN ...]",
         description=(
             "Write one HTML file that says what training did to the responses, what is wrong and what to change, with "
             "interactive charts. It needs no network and no server. Several runs are laid over each other."
@@ -68,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Needs the extra `report`: pip install "trl-cwdpo[report]"',
     )
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="output directory of a training, or of `trl-cwdpo run`"
+        "runs", metavar="RUN", nargs="*", type=Path, help="output directory of a training, or of `trl-cwdpo run`"
     )
     parser.add_argument(
         "-o",

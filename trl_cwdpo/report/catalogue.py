@@ -291,10 +291,6 @@ def _grades(track: Track) -> Chart:
 
 
 def _calibration(tracks: Sequence[Track], thresholds: SignalThresholds) -> tuple[Chart, ...]:
-    ece = _curves(tracks, lambda record: record.ece, "15 bins", "chosen")
-    if len(tracks) == 1:
-        smooth = _curves(tracks, lambda record: record.smooth_ece, "smooth", "rephrase")
-        ece += tuple(replace(line, style="dash") for line in smooth)
     firsts = [track.records[0].ece for track in tracks if track.records]
     limit = (Guide("limit", firsts[0] + thresholds.ece_increase),) if len(firsts) == 1 else ()
     return (
@@ -324,7 +320,7 @@ def _calibration(tracks: Sequence[Track], thresholds: SignalThresholds) -> tuple
             "understates accuracy: read the change, not the level.",
             STEP,
             "ECE",
-            ece,
+            _calibration_errors(tracks),
             limit,
             min_span=0.02,
         ),
@@ -341,6 +337,14 @@ def _calibration(tracks: Sequence[Track], thresholds: SignalThresholds) -> tuple
             min_span=0.02,
         ),
     )
+
+
+def _calibration_errors(tracks: Sequence[Track]) -> tuple[Line, ...]:
+    errors = _curves(tracks, lambda record: record.ece, "15 bins", "chosen")
+    if len(tracks) > 1:
+        return errors
+    smooth = _curves(tracks, lambda record: record.smooth_ece, "smooth", "rephrase")
+    return errors + tuple(replace(line, style="dash") for line in smooth)
 
 
 def _distances(tracks: Sequence[Track]) -> tuple[Line, ...]:
