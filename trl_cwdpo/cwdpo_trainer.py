@@ -39,6 +39,7 @@ from .reference_cache import COLUMNS, ReferenceCache
 from .run_state import RunState
 from .upstream import reference
 from .upstream.resuming import FinishedRunStaysFinished
+from .upstream.sharding import prepare_for_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        prepare_for_sharding(upstream.inner_model(self))
         if data_collator is None:
             drop_overlong_pairs(self)
         self.data_collator = PreferenceCollator(self.data_collator, args.max_length)

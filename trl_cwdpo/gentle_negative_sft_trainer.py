@@ -36,6 +36,7 @@ from .preserved import evaluation_mode, preserved_random_state
 from .probes import add_configured_probes
 from .run_state import RunState
 from .upstream.resuming import FinishedRunStaysFinished
+from .upstream.sharding import prepare_for_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class GentleNegativeSFTTrainer(FinishedRunStaysFinished, SFTTrainer):
             peft_config=peft_config,
         )
         self._refuse_sequence_parallelism()
+        prepare_for_sharding(upstream.inner_model(self))
         if data_collator is None:
             drop_overlong_pairs(self)
         self._adapt(data_collator)

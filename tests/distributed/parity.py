@@ -1,0 +1,202 @@
+"""Runs that every engine must do alike: called by the tests, and on an engine as `parity.py OUTPUT MODELS NAME …`.
+
+Process r writes one file per run, `OUTPUT/NAME-rank<r>.json`, as soon as the run is over.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import engines
+import tiny
+import torch
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer
+
+from trl_cwdpo import (
+    CWDPOConfig,
+    CWDPOTrainer,
+    DeltaLogpProbeCallback,
+    GentleNegativeSFTConfig,
+    GentleNegativeSFTTrainer,
+)
+from trl_cwdpo.upstream.models import load_model
+
+GLOBAL_BATCH = 4
+STEPS = 3
+TIMES = ("runtime", "per_second")
+# Counted over one process by transformers
+LOCAL = ("total_flos", "num_input_tokens_seen")
+DPO = (DPOTrainer, DPOConfig)
+STAGE1 = (GentleNegativeSFTTrainer, GentleNegativeSFTConfig)
+STAGE2 = (CWDPOTrainer, CWDPOConfig)
+HINGE = {"negative_loss_type": "hinge", "negative_reduction": "batch", "negative_nll_floor": 4.2}
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
+CHECKPOINTING = {"gradient_checkpointing": True}
+ACCUMULATION = {"gradient_accumulation_steps": 2}
+# Of 24 pairs, the 23rd and 24th are missing: the last batch of the epoch is half full
+UNEVEN = {"num_train_epochs": 1, "max_steps": -1}
+
+# Name: trainer and configuration, what the run is on and with, options
+RUNS = {
+    "DPOTrainer": (DPO, (), {}),
+    "off": (STAGE2, (), {"cooling_mode": "off"}),
+    "cooled": (STAGE2, ("probes",), EVALUATION),
+    "gated, adapter": (STAGE2, ("lora", "probes"), {"cooling_mode": "gate"}),
+    "cooled, checkpointing": (STAGE2, (), CHECKPOINTING),
+    "cooled, adapter, checkpointing": (STAGE2, ("lora",), CHECKPOINTING),
+    "cooled, accumulated": (STAGE2, (), ACCUMULATION),
+    "cooled, uneven": (STAGE2, ("uneven",), UNEVEN),
+    "cooled, bf16": (STAGE2, (), {"bf16": True}),
+    "cooled, pictures": (STAGE2, ("pictures", "probes"), EVALUATION),
+    "gated, pictures, adapter": (STAGE2, ("pictures", "lora"), {"cooling_mode": "gate", **CHECKPOINTING}),
+    "smoothed": (STAGE1, ("probes",), EVALUATION),
+    "smoothed, adapter": (STAGE1, ("lora",), {}),
+    "smoothed, adapter, checkpointing": (STAGE1, ("lora",), CHECKPOINTING),
+    "smoothed, accumulated": (STAGE1, (), ACCUMULATION),
+    "smoothed, uneven": (STAGE1, ("uneven",), UNEVEN),
+    "smoothed, bf16": (STAGE1, (), {"bf16": True}),
+    "hinge of the batch": (STAGE1, (), HINGE),
+    "hinge of the batch, accumulated": (STAGE1, (), {**HINGE, **ACCUMULATION, **CHECKPOINTING}),
+    "band": (STAGE1, (), {"negative_loss_type": "band"}),
+    "smoothed, pictures": (STAGE1, ("pictures", "probes"), EVALUATION),
+    "hinge, pictures, adapter": (STAGE1, ("pictures", "lora"), {"negative_loss_type": "hinge", **CHECKPOINTING}),
+}
+# What `make test` runs
+SHORT = ("gated, adapter", "cooled, pictures", "smoothed", "hinge of the batch, accumulated")
+TOLERANCE = 1e-5
+# Half precision multiplies matrices of other shapes, FSDP casts where autocast does not, ZeRO keeps weights in it
+TOLERANCE_BF16 = 5e-3
+
+
+def data(features):
+    """Pairs to train on and held-out ones."""
+    if "pictures" in features:
+        from trl_cwdpo.shapes import build_dataset
+
+        pairs = build_dataset(num_train=24, num_test=6, seed=0)
+        train, test = pairs["train"], pairs["test"]
+    else:
+        train, test = tiny.pairs(24), tiny.pairs(6, seed=7)
+    return (train.select(range(22)) if "uneven" in features else train), test
+
+
+def build(name, models, output, **overrides):
+    """The trainer of a run, on the engine of this process."""
+    (trainer_class, config_class), features, options = RUNS[name]
+    engine = engines.this_engine()
+    options = {
+        "per_device_train_batch_size": GLOBAL_BATCH
+        // engine.processes
+        // options.get("gradient_accumulation_steps", 1),
+        "per_device_eval_batch_size": 6 // engine.processes,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "max_steps": STEPS,
+        **options,
+        **engine.options,
+        **overrides,
+    }
+    train, test = data(features)
+    folder = str(Path(models, "pictures" if "pictures" in features else "text"))
+    args = config_class(**tiny.training_options(output, **options))
+    model, extra = folder, {}
+    if "lora" in features:
+        # ZeRO-3 draws random numbers while it loads a model; an adapter's start must not depend on that
+        model = load_model(folder)
+        torch.manual_seed(0)
+        extra["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    if "eval_strategy" in options:
+        extra["eval_dataset"] = test
+    trainer = trainer_class(model, args=args, train_dataset=train, **extra)
+    if "probes" in features:
+        trainer.add_callback(DeltaLogpProbeCallback(trainer, test, size=5, steps=2, batch_size=2))
+    return trainer
+
+
+def log_of(trainer):
+    """All numbers logged, without times."""
+    return [
+        {name: value for name, value in entry.items() if not any(time in name for time in TIMES) and name not in LOCAL}
+        for entry in trainer.state.log_history
+    ]
+
+
+def weights_of(trainer):
+    """One number per trained tensor, from the whole tensor; all processes must call this."""
+    trained = {name for name, value in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    found = {name: value.detach().double() for name, value in (whole or {}).items() if name in trained}
+    return {name: [float(value.sum()), float(value.abs().sum())] for name, value in found.items()}
+
+
+def record(trainer):
+    """What a run leaves behind, as plain numbers."""
+    found = getattr(trainer, "calibration", None)
+    return {
+        "identity": engines.identity(trainer),
+        "log": log_of(trainer),
+        "weights": weights_of(trainer),
+        "calibration": None if found is None else found.to_dict(),
+    }
+
+
+def run(name, models, output, **overrides):
+    """Train, and say what became of it."""
+    engines.forget_settings()
+    trainer = build(name, models, output, **overrides)
+    trainer.train()
+    return record(trainer)
+
+
+def is_rerun_of(name, key):
+    """Whether a logged number of a run must be the same on every engine."""
+    # The loss of an evaluation is transformers' mean of the batches' means, so it depends on how rows are batched
+    return not (key == "eval_loss" and RUNS[name][0] is STAGE1)
+
+
+def numbers(name, result):
+    """Everything of a result that must agree, by name."""
+    if "bf16" in name:
+        return {f"{i}.loss": entry["loss"] for i, entry in enumerate(result["log"]) if "loss" in entry}
+    found = {
+        f"{index}.{key}": value
+        for index, entry in enumerate(result["log"])
+        for key, value in entry.items()
+        if is_rerun_of(name, key)
+    }
+    for key, sums in result["weights"].items():
+        found |= {f"weights.{key}": sums[0], f"weights.{key}.abs": sums[1]}
+    calibration = result["calibration"] or {}
+    return found | {f"calibration.{key}": calibration[key] for key in ("floor", "temperature") if key in calibration}
+
+
+def differences(name, ours, theirs):
+    """By how much each number differs: absolutely below 1, relatively above."""
+    # FSDP puts whole tensors together on process 0 only
+    theirs = theirs if ours["weights"] else {**theirs, "weights": {}}
+    ours, theirs = numbers(name, ours), numbers(name, theirs)
+    assert ours.keys() == theirs.keys(), (name, ours.keys() ^ theirs.keys())
+    return {key: abs(ours[key] - value) / max(1.0, abs(value)) for key, value in theirs.items()}
+
+
+def main(output, models, *names):
+    torch.set_num_threads(1)
+    engine = engines.this_engine()
+    rank = int(os.environ.get("RANK", "0"))
+    for name in names:
+        result = run(name, models, Path(output, "runs", name))
+        expected = engines.expected_identity(engine, reference=result["identity"]["reference"] is not None)
+        assert result["identity"] == expected, (name, result["identity"], expected)
+        Path(output, f"{name}-rank{rank}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,106 @@
+"""Every engine trains as one process does: losses, metrics, probes, calibration and weights."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import engines
+import parity
+
+pytestmark = pytest.mark.distributed
+SHARDED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+def train_on(engine, names, models, output):
+    process = engines.run(engine, output, parity.__file__, output, models, *names, timeout=1500)
+    # Results are read from files: an exit code alone has been seen to lie in both directions
+    files = {name: [output / f"{name}-rank{rank}.json" for rank in range(engine.processes)] for name in names}
+    missing = [name for name, ranks in files.items() if not all(file.exists() for file in ranks)]
+    assert not missing, f"{missing}\n{process.stdout[-3000:]}{process.stderr[-9000:]}"
+    return {name: [json.loads(file.read_text()) for file in ranks] for name, ranks in files.items()}
+
+
+@pytest.fixture(scope="module")
+def models(text_model, vision_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "text").symlink_to(text_model)
+    (folder / "pictures").symlink_to(vision_model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(models, tmp_path_factory):
+    """Results of one process, on demand."""
+    found = {}
+
+    def result(name):
+        if name not in found:
+            found[name] = parity.run(name, models, tmp_path_factory.mktemp("one"))
+        return found[name]
+
+    return result
+
+
+@pytest.fixture(scope="module")
+def short(models, tmp_path_factory):
+    return train_on(engines.ENGINES["fsdp2"], parity.SHORT, models, tmp_path_factory.mktemp("short"))
+
+
+@pytest.fixture(scope="module")
+def several(models, tmp_path_factory):
+    """Results of all runs on an engine of several processes, on demand."""
+    found = {}
+
+    def results(engine):
+        if engine not in found:
+            found[engine] = train_on(engines.ENGINES[engine], parity.RUNS, models, tmp_path_factory.mktemp(engine))
+        return found[engine]
+
+    return results
+
+
+def assert_equal(name, ours, theirs):
+    tolerance = parity.TOLERANCE_BF16 if "bf16" in name else parity.TOLERANCE
+    assert ours[0]["weights"]
+    for rank, result in enumerate(ours):
+        found = parity.differences(name, result, theirs)
+        worst = max(found, key=found.get)
+        assert found[worst] <= tolerance, f"process {rank}: {worst} differs by {found[worst]:.2e}"
+
+
+@pytest.mark.parametrize("name", parity.SHORT)
+def test_fsdp2_equals_one_process(one, short, name):
+    for result in short[name]:
+        assert result["identity"]["parameters"] == ["DTensor"]
+        assert result["identity"]["world_size"] == 2
+    assert_equal(name, short[name], one(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", parity.RUNS)
+@pytest.mark.parametrize("engine", SHARDED)
+def test_engine_equals_one_process(one, several, engine, name):
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    ours = several(engine)[name]
+    for result in ours:
+        reference = "adapter" not in name and name.startswith(("cooled", "DPO", "off"))
+        assert result["identity"] == engines.expected_identity(engines.ENGINES[engine], reference=reference)
+    # Of an uneven last batch, accelerate repeats rows: how many depends on the number of processes
+    expected = several("ddp")[name][0] if "uneven" in name else one(name)
+    assert_equal(name, ours, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED)
+def test_switched_off_equals_dpo_trainer_on_every_engine(several, engine):
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    for ours, theirs in zip(several(engine)["off"], several(engine)["DPOTrainer"], strict=True):
+        assert ours["weights"] == theirs["weights"]
+        for entry, expected in zip(ours["log"], theirs["log"], strict=True):
+            assert {key: entry[key] for key in expected} == expected
