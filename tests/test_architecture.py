@@ -56,6 +56,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"callbacks"}),
     frozenset({"cwdpo_trainer", "gentle_negative_sft_trainer", "negatives"}),
     frozenset({"audit", "evaluation", "report"}),
+    frozenset({"benchmarks"}),
     frozenset({"cli"}),
 )
 # Sideways imports that are meant, each with its reason.

@@ -50,6 +50,7 @@ COMMANDS: dict[str, Command] = {
         "write an HTML report of runs: what training did, and what to change", "trl_cwdpo.cli.report:main"
     ),
     "audit": Command("read a dataset before training and report what is wrong", "trl_cwdpo.cli.audit:main"),
+    "bench": Command("compare methods over seeds, regimes and settings", "trl_cwdpo.cli.bench:main"),
     "demo": Command("both stages beside plain DPO on a toy task, in minutes and offline", "trl_cwdpo.cli.demo:main"),
     "env": Command("print versions and devices, for bug reports", "trl_cwdpo.cli.env:main"),
 }

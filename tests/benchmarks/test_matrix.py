@@ -1,0 +1,99 @@
+"""The YAML file of a benchmark: what it accepts, what it refuses and how, and which cells come of it."""
+
+import pytest
+
+from trl_cwdpo.benchmarks.matrix import Cell, MatrixError, digest, parse_matrix
+
+GRID = {"learning_rate": ["1e-4", 3e-4], "beta": [0.1, 0.5]}
+
+
+def matrix(**changes):
+    values = {"grid": GRID, "methods": {"dpo": None, "sft": {}}, "selection_seeds": [0, 1], "seeds": [10], **changes}
+    return parse_matrix(values)
+
+
+def test_an_entry_is_the_method_of_its_name():
+    found = matrix(methods={"dpo": None, "ours": {"method": "cwdpo", "stage1": "hinge", "options": {"beta": 1}}})
+    assert found.methods["dpo"].method == "dpo"
+    assert found.methods["ours"].method == "cwdpo"
+    assert found.methods["ours"].options == {"beta": 1}
+
+
+def test_cells():
+    found = matrix()
+    cells = list(found.grid_cells())
+    # DPO has two rates times two β, SFT has no β; with two seeds
+    assert len(cells) == 2 * (4 + 2)
+    assert cells[0] == Cell("default", "dpo", 1e-4, 0.1, 0)
+    assert {cell.beta for cell in cells if cell.method == "sft"} == {0.1}
+    chosen = {("default", "dpo"): (3e-4, 0.5)}
+    assert list(found.final_cells(chosen)) == [Cell("default", "dpo", 3e-4, 0.5, 10)]
+    assert cells[0].name == "default/dpo/lr0.0001-beta0.1-seed0"
+
+
+def test_regimes_change_what_they_name():
+    found = matrix(
+        stage2={"options": {"cooling_preset": "paper"}, "steps": 7},
+        regimes={"noisy": {"data": {"label_noise": 0.2}, "stage2": {"options": {"max_grad_norm": 2.0}}}, "plain": {}},
+    )
+    assert found.data_of("noisy").label_noise == 0.2
+    assert found.data_of("plain").label_noise == 0.0
+    assert found.stage2_of("noisy").options == {"cooling_preset": "paper", "max_grad_norm": 2.0}
+    assert found.stage2_of("noisy").steps == 7
+
+
+def test_settings_tell_cells_apart():
+    plain = matrix()
+    cell = Cell("default", "dpo", 1e-4, 0.1, 0)
+    same = digest(plain.cell_settings(cell))
+    assert digest(matrix().cell_settings(cell)) == same
+    # Another method elsewhere in the file leaves this cell as it is
+    assert digest(matrix(methods={"dpo": {}, "rpo": {}}).cell_settings(cell)) == same
+    for change in (
+        {"stage2": {"steps": 3}},
+        {"stage1": {"steps": 3}},
+        {"base": {"steps": 3}},
+        {"data": {"label_noise": 0.1}},
+        {"methods": {"dpo": {"options": {"weight_decay": 0.1}}}},
+    ):
+        assert digest(matrix(**change).cell_settings(cell)) != same
+
+
+def test_label_noise_shares_the_start():
+    found = matrix(
+        regimes={"plain": {}, "noisy": {"data": {"label_noise": 0.2}}, "hard": {"data": {"grade_mix": {"hard": 1}}}}
+    )
+    plain, noisy, hard = (digest(found.start_settings(name, "smoothed", 0)) for name in ("plain", "noisy", "hard"))
+    assert plain == noisy != hard
+
+
+def test_selection_runs_never_touch_test_rows():
+    assert matrix().splits(0) == ("validation",)
+    assert matrix().splits(10) == ("validation", "test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metods": {}}, "unknown key 'metods' in the file; did you mean 'methods'"),
+        ({"methods": {"dpoo": {}}}, "methods.dpoo.method is 'dpoo', which is unknown; did you mean 'dpo'"),
+        ({"methods": {"dpo": {"stage1": "hing"}}}, "did you mean 'hinge'"),
+        ({"methods": {}}, "`methods` is empty"),
+        ({"seeds": [1, 2]}, r"share \[1\]"),
+        ({"grid": {"learning_rate": []}}, "at least one learning_rate"),
+        ({"grid": {"learning_rate": ["fast"]}}, "learning_rate must be a number, got 'fast'"),
+        ({"grid": None}, "lacks the key 'learning_rate'"),
+        ({"stage2": {"steps": 2.5}}, "stage2: steps must be int, got 2.5"),
+        ({"stage2": {"steps": True}}, "stage2: steps must be int, got True"),
+        ({"regimes": {"noisy": {"data": {"label_nose": 0.1}}}}, "unknown key 'label_nose' in regimes.noisy.data"),
+        ({"regimes": {"a/b": {}}}, "slash"),
+    ],
+)
+def test_refusals_name_key_and_fix(changes, message):
+    with pytest.raises(MatrixError, match=message):
+        matrix(**changes)
+
+
+def test_not_a_mapping():
+    with pytest.raises(MatrixError, match="must map keys to values, got \\[\\]"):
+        parse_matrix([])

@@ -1,0 +1,382 @@
+"""One run of a benchmark: the model it starts from, training, and what is measured on the way and at the end."""
+
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from trl_cwdpo.benchmarks import baselines
+from trl_cwdpo.benchmarks.matrix import Cell, Data, Matrix, Stage2, digest
+from trl_cwdpo.benchmarks.methods import METHODS, PAIR_LOSS, SFT
+from trl_cwdpo.benchmarks.pair_loss_trainer import PairLossTrainer
+from trl_cwdpo.benchmarks.task import Task
+from trl_cwdpo.cwdpo_config import CWDPOConfig
+from trl_cwdpo.cwdpo_trainer import CWDPOTrainer
+from trl_cwdpo.evaluation.comparison import load_for_evaluation
+from trl_cwdpo.faults import NonFiniteLossError
+from trl_cwdpo.gentle_negative_sft_config import GentleNegativeSFTConfig
+from trl_cwdpo.gentle_negative_sft_trainer import GentleNegativeSFTTrainer
+from trl_cwdpo.preserved import evaluation_mode, preserved_random_state
+from trl_cwdpo.probe_measures import gradient_spikes
+from trl_cwdpo.probe_passes import Reference
+from trl_cwdpo.probe_rows import ProbeRows, choose_rows
+from trl_cwdpo.probes import measure
+from trl_cwdpo.upstream.models import load_processor
+
+DONE, DIVERGED = "done", "diverged"
+FAMILIES = ("chosen", "rejected", "argmax")
+RESULTS = "results.json"
+
+
+class Runner:
+    """
+    Runs cells of one matrix in this process, one after the other, and keeps what they share in memory.
+
+    Args:
+        matrix ([`Matrix`]):
+            The benchmark.
+        task ([`Task`]):
+            Its task.
+        folder (`Path`):
+            Where results go.
+        cache (`Path`):
+            Where pretrained models are kept.
+    """
+
+    def __init__(self, matrix: Matrix, task: Task, folder: Path, cache: Path) -> None:
+        self.matrix, self.task, self.folder, self.cache = matrix, task, folder, cache
+        self._held_out: dict[str, dict[str, Dataset]] = {}
+        self._rows: dict[str, ProbeRows] = {}
+        self._pairs: dict[str, tuple[Dataset, Dataset]] = {}
+
+    # --- where a run starts -----------------------------------------------------------------------------------------
+
+    def start_folder(self, regime: str, stage1: str, seed: int) -> Path:
+        """Folder of the model that stage 2 starts from."""
+        return self.folder / "starts" / digest(self.matrix.start_settings(regime, stage1, seed))
+
+    def build_start(self, regime: str, stage1: str, seed: int) -> Path:
+        """
+        Train stage 1 and measure its outcome, unless that has been done.
+
+        Args:
+            regime (`str`):
+                Name of the regime.
+            stage1 (`str`):
+                Form of stage 1, or `"skip"`.
+            seed (`int`):
+                Seed of data and training.
+
+        Returns:
+            `Path`: The folder.
+        """
+        target = self.start_folder(regime, stage1, seed)
+        if (target / RESULTS).is_file():
+            return target
+        base = self.task.build_base(self.cache, self.matrix.base_of(regime))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".start-") as aside:
+            fresh = Path(aside) / "start"
+            if stage1 == "skip":
+                shutil.copytree(base, fresh)
+            else:
+                self._train_stage1(base, fresh, regime, stage1, seed)
+            model = load_for_evaluation(str(fresh))
+            results = self._measure(model, load_processor(str(fresh)), regime, seed, reference=model)
+            results["settings"] = self.matrix.start_settings(regime, stage1, seed)
+            (fresh / RESULTS).write_text(json.dumps(results) + "\n", encoding="utf-8")
+            # A folder without results was left by something that is no run of ours or was cut short
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
+        return target
+
+    def _train_stage1(self, base: Path, folder: Path, regime: str, stage1: str, seed: int) -> None:
+        settings = self.matrix.stage1
+        options = {
+            "negative_loss_type": stage1,
+            "max_steps": settings.steps,
+            "learning_rate": settings.learning_rate,
+            "per_device_train_batch_size": settings.batch_size,
+            **settings.options,
+        }
+        config = GentleNegativeSFTConfig(**_training_options(folder, seed), **options)
+        trainer = GentleNegativeSFTTrainer(
+            model=_load(base),
+            args=config,
+            train_dataset=self.pairs(regime, seed)[0],
+            processing_class=load_processor(str(base)),
+        )
+        _train(trainer)
+        trainer.save_model()
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def pairs(self, regime: str, seed: int) -> tuple[Dataset, Dataset]:
+        """Pairs of stage 1 and of stage 2, the latter with label noise."""
+        data = self.matrix.data_of(regime)
+        key = digest({**asdict(data), "seed": seed})
+        if key not in self._pairs:
+            stage1, stage2 = self.task.training_pairs(data, seed)
+            self._pairs = {key: (stage1, with_label_noise(stage2, data.label_noise, seed))}
+        return self._pairs[key]
+
+    def held_out(self, data: Data) -> dict[str, Dataset]:
+        """Validation and test rows."""
+        key = f"{data.validation}-{data.test}"
+        if key not in self._held_out:
+            self._held_out[key] = self.task.held_out(data)
+        return self._held_out[key]
+
+    def _probe_rows(self, split: str, rows: Dataset, processor: Any) -> ProbeRows:  # noqa: ANN401
+        key = f"{split}-{len(rows)}"
+        if key not in self._rows:
+            self._rows[key] = choose_rows(rows, processor, len(rows))
+        return self._rows[key]
+
+    # --- a cell -----------------------------------------------------------------------------------------------------
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """
+        Train and measure one cell. Its start must have been built.
+
+        Args:
+            cell ([`Cell`]):
+                The cell.
+
+        Returns:
+            `dict[str, Any]`: Plain JSON values, see [`results_file`].
+        """
+        entry = self.matrix.methods[cell.method]
+        start = self.start_folder(cell.regime, entry.stage1, cell.seed)
+        processor = load_processor(str(start))
+        result: dict[str, Any] = {"cell": asdict(cell), "settings": self.matrix.cell_settings(cell), "status": DONE}
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self._trainer(cell, start, Path(folder), processor)
+            curve = LearningCurve(self, cell, processor)
+            trainer.add_callback(curve)
+            try:
+                _train(trainer)
+            except NonFiniteLossError as error:
+                result |= {"status": DIVERGED, "error": str(error)}
+            history = trainer.state.log_history
+            norms = [entry["grad_norm"] for entry in history if "grad_norm" in entry]
+            result |= {
+                "curve": curve.points,
+                "train_seconds": curve.seconds(),
+                "steps": trainer.state.global_step,
+                "gradient_norms": norms,
+                "gradient_spikes": int(gradient_spikes(norms).sum()),
+            }
+            if result["status"] == DONE:
+                model = trainer.accelerator.unwrap_model(trainer.model)
+                reference = load_for_evaluation(str(start))
+                result |= self._measure(model, processor, cell.regime, cell.seed, reference)
+        result["start"] = json.loads((start / RESULTS).read_text(encoding="utf-8"))
+        return result
+
+    def _trainer(self, cell: Cell, start: Path, folder: Path, processor: Any) -> Any:  # noqa: ANN401 (any TRL trainer)
+        entry, stage2 = self.matrix.methods[cell.method], self.matrix.stage2_of(cell.regime)
+        method = METHODS[entry.method]
+        common = {
+            **_training_options(folder, cell.seed),
+            "max_steps": stage2.steps,
+            "learning_rate": cell.learning_rate,
+            "per_device_train_batch_size": stage2.batch_size,
+        }
+        shared: dict[str, Any] = {
+            "model": str(start),
+            "train_dataset": self.pairs(cell.regime, cell.seed)[1],
+            "processing_class": processor,
+        }
+        if method.kind == SFT:
+            # Options about pairs and negatives mean nothing to a method that sees the chosen responses alone
+            config = GentleNegativeSFTConfig(
+                **{**common, "negative_loss_type": "none", **method.options, **entry.options}
+            )
+            shared["model"] = _load(start)
+            return GentleNegativeSFTTrainer(args=config, **shared)
+        options = {**common, "beta": cell.beta, **stage2.options, **method.options, **entry.options}
+        shared |= {"args": CWDPOConfig(**options), **self._reward(stage2)}
+        if method.kind == PAIR_LOSS:
+            return PairLossTrainer(pair_loss=getattr(baselines, str(method.pair_loss)), **shared)
+        return CWDPOTrainer(**shared)
+
+    def _reward(self, stage2: Stage2) -> dict[str, Any]:
+        return {"negative_reward_funcs": [self.task.reward]} if stage2.reward else {}
+
+    def _measure(self, model: Any, processor: Any, regime: str, seed: int, reference: Any) -> dict[str, Any]:  # noqa: ANN401
+        found: dict[str, Any] = {}
+        held_out = self.held_out(self.matrix.data_of(regime))
+        for split in self.matrix.splits(seed):
+            rows = held_out[split]
+            responses = self.task.respond(model, processor, rows)
+            record = measure(
+                model,
+                self._probe_rows(split, rows, processor),
+                families=FAMILIES,
+                reference=Reference(reference),
+                batch_size=64,
+            ).to_dict()
+            kept = ("ece", "smooth_ece", "brier", "entropy", "top1_mass", "reliability")
+            found[split] = {
+                **{name: record[name] for name in kept},
+                "accuracy": sum(margin > 0 for margin in record["row_margins"]) / record["num_rows"],
+                "tv": record["total_variation"],
+                "js": record["jensen_shannon"],
+                "chosen_avg_logp": record["families"]["chosen"]["avg_logp"]["mean"],
+                "rejected_avg_logp": record["families"]["rejected"]["avg_logp"]["mean"],
+                **self.task.measure(model, processor, rows, responses),
+                "scores": self.task.score(responses, rows),
+                "responses": responses,
+            }
+        return found
+
+
+class LearningCurve(TrainerCallback):
+    """
+    Measures the mean score on validation rows a few times during a run, and the time that training itself takes.
+
+    Args:
+        runner ([`Runner`]):
+            Who knows the rows.
+        cell ([`Cell`]):
+            The run.
+        processor ([`~transformers.ProcessorMixin`]):
+            Its processor.
+    """
+
+    def __init__(self, runner: Runner, cell: Cell, processor: Any) -> None:  # noqa: ANN401
+        self.task, self.matrix, self.processor = runner.task, runner.matrix, processor
+        rows = runner.held_out(self.matrix.data_of(cell.regime))["validation"]
+        self.rows = rows.select(range(min(self.matrix.curve_rows, len(rows))))
+        self.count = self.matrix.curve_points if cell.seed in self.matrix.seeds else 0
+        self.points: list[dict[str, float]] = []
+        self._began = self._measuring = 0.0
+
+    def seconds(self) -> float:
+        """Processor seconds of training so far, measurements left out."""
+        return round(time.process_time() - self._began - self._measuring, 3)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock and measure the start."""
+        self._began = time.process_time()
+        self._add(kwargs["model"], state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure at evenly spaced steps, the last one among them."""
+        step = state.global_step
+        if step * self.count // state.max_steps > (step - 1) * self.count // state.max_steps:
+            self._add(kwargs["model"], step)
+
+    def _add(self, model: Any, step: int) -> None:  # noqa: ANN401
+        if not self.count:
+            return
+        trained, before = self.seconds(), time.process_time()
+        with preserved_random_state(), evaluation_mode(model):
+            responses = self.task.respond(model, self.processor, self.rows)
+        scores = self.task.score(responses, self.rows)
+        self.points.append({"step": step, "seconds": trained, "score": sum(scores) / len(scores)})
+        self._measuring += time.process_time() - before
+
+
+def with_label_noise(pairs: Dataset, share: float, seed: int) -> Dataset:
+    """
+    Swap chosen and rejected in a share of the pairs.
+
+    Args:
+        pairs ([`~datasets.Dataset`]):
+            Preference pairs.
+        share (`float`):
+            Share, in [0, 1]; that many are swapped, rounded down.
+        seed (`int`):
+            Seed of the choice.
+
+    Returns:
+        [`~datasets.Dataset`].
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"`label_noise` must lie in [0, 1], got {share}.")
+    swapped = set(random.Random(f"noise-{seed}").sample(range(len(pairs)), int(share * len(pairs))))
+    if not swapped:
+        return pairs
+    sides = {"chosen": list(pairs["chosen"]), "rejected": list(pairs["rejected"])}
+    for row in swapped:
+        sides["chosen"][row], sides["rejected"][row] = sides["rejected"][row], sides["chosen"][row]
+    features = pairs.features
+    for name, column in sides.items():
+        pairs = pairs.remove_columns(name).add_column(name, column, feature=features[name])
+    return pairs
+
+
+def write_results(file: Path, result: Mapping[str, Any]) -> None:
+    """
+    Write the results of a cell in one step: a killed run leaves none.
+
+    Args:
+        file (`Path`):
+            The file.
+        result (`Mapping[str, Any]`):
+            What [`Runner.run`] returned.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    aside.replace(file)
+
+
+def _training_options(folder: Path, seed: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "seed": seed,
+        "warmup_steps": 0.1,
+        "max_length": None,
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def _load(folder: Path) -> Any:  # noqa: ANN401 (a model of any class)
+    return load_for_evaluation(str(folder)).train()
+
+
+def _train(trainer: Any) -> None:  # noqa: ANN401 (any TRL trainer)
+    trainer.remove_callback(PrinterCallback)
+    with _one_thread():
+        trainer.train()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread on the CPU: several runs side by side would wait for one another otherwise."""
+    before = torch.get_num_threads()
+    if not torch.accelerator.is_available():
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

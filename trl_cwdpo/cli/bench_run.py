@@ -1,0 +1,136 @@
+"""Runs a benchmark and writes its tables and plots."""
+
+import functools
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trl_cwdpo.benchmarks.cell import Runner
+from trl_cwdpo.benchmarks.matrix import Cell, Matrix, MatrixError, parse_matrix
+from trl_cwdpo.benchmarks.plots import draw_plots
+from trl_cwdpo.benchmarks.schedule import read_results, run_cells
+from trl_cwdpo.benchmarks.summary import choose_settings
+from trl_cwdpo.benchmarks.tables import report
+from trl_cwdpo.cli.bench_tasks import TASKS, make_task
+from trl_cwdpo.cli.env import devices, versions
+from trl_cwdpo.cli.errors import CommandError
+from trl_cwdpo.cli.terminal import quiet
+
+REPORT, RECORD = "report.md", "bench.json"
+Results = list[dict[str, Any]]
+
+
+def run_bench(values: Any, *, folder: Path, cache: Path, jobs: int = 1, report_only: bool = False) -> str:  # noqa: ANN401
+    """
+    Run a benchmark, or continue it, and write `report.md`, `bench.json` and `plots/`.
+
+    Args:
+        values (`dict`):
+            The content of its YAML file.
+        folder (`Path`):
+            Where results are.
+        cache (`Path`):
+            Where pretrained models are kept.
+        jobs (`int`, *optional*, defaults to `1`):
+            Cells at a time.
+        report_only (`bool`, *optional*, defaults to `False`):
+            Whether to write tables of what is done, without running anything.
+
+    Returns:
+        `str`: The report, Markdown.
+
+    Raises:
+        CommandError: If the matrix cannot be run.
+    """
+    matrix = read_matrix(values)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"The folder cannot be used: {error}. Name another.") from error
+    if report_only:
+        grid, final = _done(matrix, folder)
+        if not grid:
+            raise CommandError(f"No cell of this matrix is done in {folder}: run it without --report_only first.")
+    else:
+        grid, final = _run(matrix, folder, cache, jobs)
+    return _write(matrix, grid, final, folder)
+
+
+def read_matrix(values: Any) -> Matrix:  # noqa: ANN401 (whatever YAML holds)
+    """
+    Check the content of a matrix file.
+
+    Args:
+        values (`Any`):
+            The content.
+
+    Returns:
+        [`~trl_cwdpo.benchmarks.matrix.Matrix`].
+
+    Raises:
+        CommandError: If it cannot be run.
+    """
+    try:
+        matrix = parse_matrix(values)
+    except MatrixError as error:
+        raise CommandError(f"The matrix cannot be run: {error}") from error
+    if matrix.task not in TASKS:
+        raise CommandError(f"`task` is {matrix.task!r}, which is unknown. Use one of {', '.join(TASKS)}.")
+    return matrix
+
+
+def make_runner(matrix: Matrix, folder: Path, cache: Path) -> Runner:
+    """A runner of a matrix; called in each process."""
+    return Runner(matrix, make_task(matrix.task), folder, cache)
+
+
+def _run(matrix: Matrix, folder: Path, cache: Path, jobs: int) -> tuple[Results, Results]:
+    factory = functools.partial(make_runner, matrix, folder, cache)
+    with quiet(bars=False):
+        # Before the processes start, which would all pretrain
+        for regime in matrix.regimes:
+            make_task(matrix.task).build_base(cache, matrix.base_of(regime))
+        cells = list(matrix.grid_cells())
+        print(f"Grid: {len(cells)} cells", flush=True)
+        grid = run_cells(factory, cells, jobs=jobs, report=_tell)
+        final_cells = list(matrix.final_cells(choose_settings(grid)))
+        print(f"Comparison: {len(final_cells)} cells", flush=True)
+        final = run_cells(factory, final_cells, jobs=jobs, report=_tell) if final_cells else []
+    return grid, final
+
+
+def _tell(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def _done(matrix: Matrix, folder: Path) -> tuple[Results, Results]:
+    grid = _known(matrix, folder, list(matrix.grid_cells()))
+    return grid, _known(matrix, folder, list(matrix.final_cells(choose_settings(grid))))
+
+
+def _known(matrix: Matrix, folder: Path, cells: Sequence[Cell]) -> Results:
+    results = (read_results(folder, matrix, cell) for cell in cells)
+    return [result for result in results if result is not None]
+
+
+def _write(matrix: Matrix, grid: Results, final: Results, folder: Path) -> str:
+    score_name = make_task(matrix.task).score_name
+    text = report(matrix, grid, final, score_name=score_name)
+    (folder / REPORT).write_text(text, encoding="utf-8")
+    chosen = [
+        {"regime": regime, "method": method, "learning_rate": setting[0], "beta": setting[1]}
+        for (regime, method), setting in choose_settings(grid).items()
+    ]
+    record = {"matrix": asdict(matrix), "chosen": chosen, "versions": versions(), "devices": devices()}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{text}\nTables: {folder / REPORT}; results of each cell: {folder / 'cells'}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("No plots: matplotlib is missing; pip install 'trl-cwdpo[report]' and add --report_only.")
+    else:
+        files = draw_plots(matrix, grid, final, folder / "plots", score_name=score_name)
+        print(f"Plots: {', '.join(map(str, files))}")
+    return text

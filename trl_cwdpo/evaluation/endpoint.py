@@ -1,0 +1,205 @@
+"""A judge behind any OpenAI-compatible endpoint: answers are cached on disk, calls retried, and the cost is capped."""
+
+import base64
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from trl_cwdpo.evaluation.judges import as_messages
+from trl_cwdpo.evaluation.win_rate import LOSS, TIE, WIN, Comparison
+
+logger = logging.getLogger(__name__)
+
+VERDICT = re.compile(r"\[\[\s*(A|B|tie)\s*\]\]", re.IGNORECASE)
+VERDICTS = {"a": WIN, "b": LOSS, "tie": TIE}
+INSTRUCTION = (
+    "You compare two responses to the same request{pictures}. Judge which one is more correct and more helpful; what "
+    "a response claims must be true{of_pictures}. Neither the order nor the length of the responses counts. Think "
+    "briefly, then end with [[A]] if response A is better, [[B]] if response B is better, or [[tie]]."
+)
+
+
+class CostCapError(RuntimeError):
+    """Judging would cost more than allowed. Verdicts so far are in the cache."""
+
+
+class EndpointJudge:
+    """
+    Asks a language model which of two responses is better. To be called with comparisons, as every judge.
+
+    Args:
+        model (`str`):
+            Name of the model at the endpoint.
+        cache_dir (`Path`):
+            Folder of answers: the same question is never paid for twice.
+        base_url (`str`, *optional*):
+            The endpoint; that of OpenAI by default.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Environment variable that holds the key. An endpoint of one's own may need none. The key is neither logged
+            nor stored.
+        max_cost (`float`, *optional*):
+            Stop before more has been spent than this, in the unit of the prices.
+        price_per_million (`tuple[float, float]`, *optional*):
+            Price of a million prompt tokens and of a million completion tokens; needed by `max_cost`.
+        max_retries (`int`, *optional*, defaults to `5`):
+            Retries of a call that failed for now, with growing pauses.
+        workers (`int`, *optional*, defaults to `4`):
+            Calls at a time.
+        with_images (`bool`, *optional*, defaults to `True`):
+            Whether pictures of the rows (`images` or `image`) are sent along.
+        client (`openai.OpenAI`, *optional*):
+            A client to use instead of making one.
+
+    Raises:
+        ModuleNotFoundError: Without the package openai, which the extra `eval` brings.
+        ValueError: If there is no key, or a cost cap without prices.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        cache_dir: Path,
+        base_url: str | None = None,
+        api_key_variable: str = "OPENAI_API_KEY",
+        max_cost: float | None = None,
+        price_per_million: tuple[float, float] | None = None,
+        max_retries: int = 5,
+        workers: int = 4,
+        with_images: bool = True,
+        client: Any = None,  # noqa: ANN401 (a class of a package that may be missing)
+    ) -> None:
+        if max_cost is not None and price_per_million is None:
+            raise ValueError(
+                f"`max_cost`={max_cost} needs `price_per_million`, the prices of a million prompt and completion "
+                "tokens."
+            )
+        self.model, self.base_url, self.cache_dir = model, base_url, Path(cache_dir)
+        self.max_cost, self.prices = max_cost, price_per_million or (0.0, 0.0)
+        self.workers, self.with_images = workers, with_images
+        self.client = client or _make_client(base_url, api_key_variable, max_retries)
+        self.cost = 0.0
+        self.calls = self.cached = self.unreadable = 0
+        self._dearest = 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self, comparisons: Sequence[Comparison]) -> list[float]:
+        """
+        Judge.
+
+        Args:
+            comparisons (`Sequence[Comparison]`):
+                N comparisons.
+
+        Returns:
+            `list[float]`: N verdicts; an answer without a verdict is a tie, and counted in `unreadable`.
+
+        Raises:
+            CostCapError: If the next call could exceed `max_cost`.
+        """
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            answers = list(pool.map(self._answer, comparisons))
+        finally:
+            # After a failure, calls that have not begun are not begun
+            pool.shutdown(cancel_futures=True)
+        return [self._read(answer) for answer in answers]
+
+    def _read(self, answer: str) -> float:
+        found = VERDICT.findall(answer)
+        if not found:
+            self.unreadable += 1
+            logger.warning("The judge gave no verdict: %s", answer[:200])
+            return TIE
+        return VERDICTS[found[-1].lower()]
+
+    def _answer(self, pair: Comparison) -> str:
+        request = {"model": self.model, "messages": self._messages(pair), "temperature": 0.0}
+        digest = hashlib.sha256(json.dumps([self.base_url, request], sort_keys=True).encode()).hexdigest()
+        file = self.cache_dir / f"{digest}.json"
+        known = _read_cache(file)
+        if known is not None:
+            with self._lock:
+                self.cached += 1
+            return known
+        self._check_cost()
+        reply = self.client.chat.completions.create(**request)
+        answer = reply.choices[0].message.content or ""
+        self._pay(reply.usage)
+        aside = file.with_suffix(f".{threading.get_ident()}.tmp")
+        aside.write_text(json.dumps({"answer": answer}), encoding="utf-8")
+        aside.replace(file)
+        return answer
+
+    def _check_cost(self) -> None:
+        with self._lock:
+            self.calls += 1
+            # What a call costs is known afterwards: leave room for the dearest one so far in every worker
+            if self.max_cost is not None and self.cost + self.workers * self._dearest > self.max_cost:
+                raise CostCapError(
+                    f"Judging has cost {self.cost:.4f} in {self.calls - 1} calls, and the next ones could exceed "
+                    f"`max_cost`={self.max_cost}. Verdicts so far are in {self.cache_dir}; raise `max_cost` to "
+                    "continue from there."
+                )
+
+    def _pay(self, usage: Any) -> None:  # noqa: ANN401
+        if usage is None:
+            if self.max_cost is not None:
+                raise CostCapError(
+                    "The endpoint does not say how many tokens a call took, so `max_cost` cannot be kept; leave it "
+                    "out."
+                )
+            return
+        price = (usage.prompt_tokens * self.prices[0] + usage.completion_tokens * self.prices[1]) / 1e6
+        with self._lock:
+            self.cost += price
+            self._dearest = max(self._dearest, price)
+
+    def _messages(self, pair: Comparison) -> list[dict[str, Any]]:
+        images = _images(pair.row) if self.with_images else []
+        instruction = INSTRUCTION.format(
+            pictures=" about the picture" if images else "", of_pictures=" of the picture" if images else ""
+        )
+        request = "\n\n".join(message["content"] for message in as_messages(pair.prompt))
+        text = f"Request:\n{request}\n\nResponse A:\n{pair.first}\n\nResponse B:\n{pair.second}"
+        parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in images]
+        content: Any = [*parts, {"type": "text", "text": text}] if parts else text
+        return [{"role": "system", "content": instruction}, {"role": "user", "content": content}]
+
+
+def _make_client(base_url: str | None, variable: str, max_retries: int) -> Any:  # noqa: ANN401
+    try:
+        from openai import OpenAI
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("An endpoint judge needs openai: pip install 'trl-cwdpo[eval]'.") from error
+    key = os.environ.get(variable)
+    if not key and base_url is None:
+        raise ValueError(f"There is no key: set the environment variable {variable}, or name your own `base_url`.")
+    return OpenAI(api_key=key or "none", base_url=base_url, max_retries=max_retries)
+
+
+def _read_cache(file: Path) -> str | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["answer"]
+    except FileNotFoundError:
+        return None
+
+
+def _images(row: dict[str, Any]) -> list[Any]:
+    images = row.get("images")
+    return list(images) if images else [row["image"]] if row.get("image") is not None else []
+
+
+def _data_url(image: Any) -> str:  # noqa: ANN401 (a PIL image)
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
