@@ -195,6 +195,8 @@ def test_trainers_take_exactly_the_arguments_of_their_parents(ours, theirs):
             DPOTrainer,
             [
                 "_compute_loss",
+                "_get_eval_sampler",
+                "_get_train_sampler",
                 "_precompute_ref_logps",
                 "compute_loss",
                 "create_accelerator_and_postprocess",

@@ -161,6 +161,11 @@ class CWDPOConfig(ProbeOptions, DPOConfig):
                 f"{self.cooling_constant} is smaller. Lower `cooling_min_weight`, or set `cooling_constant=0` if that "
                 "is meant."
             )
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "`train_sampling_strategy='batch_rebalance'` makes micro-batches of different sizes, and the loss is "
+                "a mean over each: pairs would count differently. Use `'group_by_length'`."
+            )
         if self.reference_cache_dir is not None:
             self._check_reference_cache()
         if self.cooling_mode != "off" and "aot" in self.loss_type:

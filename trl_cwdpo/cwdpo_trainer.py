@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -32,7 +32,7 @@ from .cwdpo_config import CWDPOConfig
 from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits
 from .faults import stop_if_not_finite
 from .initial_negatives import measure_initial_negatives
-from .lengths import drop_overlong_pairs
+from .lengths import drop_overlong_pairs, with_pair_lengths
 from .paper import PAPER
 from .probes import add_configured_probes
 from .reference_cache import COLUMNS, ReferenceCache
@@ -139,6 +139,15 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
         self._last_logps: torch.Tensor | None = None
         self._amplification_checked = False
         add_configured_probes(self)
+
+    # --- the order of rows ------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(with_pair_lengths(self, dataset, self.train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        return super()._get_eval_sampler(with_pair_lengths(self, eval_dataset, self.eval_dataset))
 
     # --- the reference, from disk -----------------------------------------------------------------------------------
 

@@ -10,11 +10,13 @@ the processor in any case, and all rows are where it cannot tell.
 """
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import PIL.Image
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, Image, IterableDataset, List
 from transformers import ProcessorMixin
 from trl import apply_chat_template, maybe_extract_prompt, prepare_multimodal_messages
@@ -426,3 +428,69 @@ def drop_overlong_pairs(trainer: Any) -> None:  # noqa: ANN401 (either trainer)
 
     trainer.train_dataset = drop(trainer.train_dataset, "train")
     trainer.eval_dataset = drop(trainer.eval_dataset, "eval")
+
+
+def padded_lengths(dataset: Dataset, processing_class: Any, max_length: int | None) -> list[int]:  # noqa: ANN401
+    """
+    How many tokens the longer sequence of each pair has, which is what its batch is padded to.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Preference dataset as a trainer has prepared it: with token ids, or with pictures.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Of the model.
+        max_length (`int`, *optional*):
+            Tokens of a prompt and a response at most.
+
+    Returns:
+        `list[int]`.
+
+    Raises:
+        RemoteImageError: If the pictures are not stored in the dataset.
+    """
+    if "prompt_ids" in dataset.column_names:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        tables = dataset.with_format("arrow").iter(1000)
+        # Only counted: no list of ids is made
+        columns = ([pc.list_value_length(table[name]).to_pylist() for name in names] for table in tables)
+        lengths = [length for batch in columns for length in zip(*batch, strict=True)]
+    elif has_stored_images(dataset):
+        lengths = list(pair_lengths(dataset, processing_class))
+    else:
+        raise RemoteImageError("the pictures are not stored in the dataset, so their size is not known beforehand")
+    limit = sys.maxsize if max_length is None else max_length
+    return [min(prompt + max(chosen, rejected), limit) for prompt, chosen, rejected in lengths]
+
+
+def with_pair_lengths(trainer: Any, dataset: Any, original: Any = None) -> Any:  # noqa: ANN401
+    """
+    What the samplers of `group_by_length` and `batch_rebalance` are to be given in place of a dataset of pairs.
+
+    Args:
+        trainer ([`CWDPOTrainer`] or [`GentleNegativeSFTTrainer`]):
+            The trainer.
+        dataset ([`~datasets.Dataset`]):
+            Dataset to sample from.
+        original ([`~datasets.Dataset`], *optional*):
+            The same with all its columns, one of which may hold lengths.
+
+    Returns:
+        [`~datasets.Dataset`]: One with the lengths only, or `dataset` where no lengths are asked for.
+
+    Raises:
+        ValueError: If the lengths cannot be known.
+    """
+    args = trainer.args
+    if args.train_sampling_strategy not in ("group_by_length", "batch_rebalance") or not isinstance(dataset, Dataset):
+        return dataset
+    column = args.length_column_name
+    for known in (dataset, original):
+        if isinstance(known, Dataset) and column in known.column_names and len(known) == len(dataset):
+            return known.select_columns([column])
+    try:
+        return Dataset.from_dict({column: padded_lengths(dataset, trainer.processing_class, args.max_length)})
+    except RemoteImageError as error:
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` needs the length of each pair: {error}. Add "
+            f"a column {column!r} with the number of tokens (`length_column_name`), or use another strategy."
+        ) from error
