@@ -214,6 +214,13 @@ class TestCharts:
         parts = {name.split()[0]: heights[0] for name, _, heights in charts["stage2-easy-and-hard"].stack.parts}
         assert parts == {"easy": 1.0, "between": 1.0, "hard": 2.0}
 
+    def test_all_weights_in_one_bin(self, tmp_path):
+        folder = write_run(tmp_path / "a")
+        write_records(folder / "probes.jsonl", [record(s, HEALTHY, row_weights=(0.01,) * 4) for s in (0, 10)])
+        chart = next(c for c in charts_of(read_runs([folder])) if c.heat_map)
+        assert chart.heat_map.shares[0] == (1.0, 1.0)
+        assert svg(chart).count(COLORS["accent"][0]) == 2
+
     def test_gradient_spike_is_marked(self, tmp_path):
         charts = {c.key: c for c in charts_of(read_runs([write_run(tmp_path / "a")]))}
         spikes = charts["stage2-gradient-norm"].lines[-1]

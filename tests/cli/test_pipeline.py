@@ -42,6 +42,8 @@ def in_this_process(monkeypatch):
         return pipeline_steps.main([step, str(self.layout.folder)])
 
     monkeypatch.setattr(pipeline.Pipeline, "_start", start)
+    # Its pictures are tested where reports are, and take longer than all other steps together
+    monkeypatch.setattr("trl_cwdpo.report.page.svg", lambda chart: "<svg/>")
     return taken
 
 
@@ -77,7 +79,11 @@ def test_tree_skipping_and_refusals(text_model, text_data, tmp_path, in_this_pro
     out = tmp_path / "out"
     names = ("config.yaml", "split.json", "stage1", "stage2", "evaluation.json", "run.json", "stage1.yaml")
     assert all((out / name).exists() for name in names)
-    assert in_this_process == ["check", "prepare", "stage1", "stage2", "evaluate"]
+    assert in_this_process == ["check", "prepare", "stage1", "stage2", "evaluate", "report"]
+    page = (out / "report.html").read_text()
+    assert "Stage 1: supervised finetuning" in page
+    assert "Stage 2: preference optimization" in page
+    assert "stage1-gradient-norm" in page
     split = json.loads((out / "split.json").read_text())
     assert [len(split[name]) for name in ("stage1", "stage2", "held_out")] == [15, 5, 4]
     probes = [json.loads(line) for line in (out / "probes.jsonl").read_text().splitlines()]
@@ -98,13 +104,13 @@ def test_tree_skipping_and_refusals(text_model, text_data, tmp_path, in_this_pro
     before = model_fingerprint(str(out / "stage2"))
     in_this_process.clear()
     assert run(values) == 0
-    assert in_this_process == ["check"]
+    assert in_this_process == ["check", "report"]
 
     # a result that is gone is made again, the same
     shutil.rmtree(out / "stage2")
     in_this_process.clear()
     assert run(values) == 0
-    assert in_this_process == ["check", "stage2"]
+    assert in_this_process == ["check", "stage2", "report"]
     assert model_fingerprint(str(out / "stage2")) == before
 
     changed = raw_recipe(text_model, text_data, out, stage2={"beta": 0.2})
@@ -116,7 +122,19 @@ def test_tree_skipping_and_refusals(text_model, text_data, tmp_path, in_this_pro
         run(values)
     in_this_process.clear()
     assert run(changed, overwrite=True) == 0
-    assert in_this_process == ["check", "prepare", "stage1", "stage2", "evaluate"]
+    assert in_this_process == ["check", "prepare", "stage1", "stage2", "evaluate", "report"]
+
+
+def test_a_run_is_complete_without_a_report(text_model, text_data, tmp_path, in_this_process, capsys, monkeypatch):
+    values = raw_recipe(text_model, text_data, tmp_path / "out")
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None if name == "plotly" else True)
+    assert run(values) == 0
+    assert 'No report.html: plotly missing. Install with: pip install "trl-cwdpo[report]"' in capsys.readouterr().out
+    assert not (tmp_path / "out" / "report.html").exists()
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: True)
+    (tmp_path / "out" / "stage2" / "probes.jsonl").write_text("{}\n{}\n")
+    assert run(values) == 0
+    assert "The report could not be written; `trl-cwdpo report" in capsys.readouterr().out
 
 
 def test_foreign_files_are_left_alone(text_model, text_data, tmp_path, in_this_process):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,8 @@ from trl_cwdpo.cli.pipeline_plan import (
     CONFIG,
     PROBES,
     RECORD,
+    REPORT_NEEDS,
+    REPORT_STEP,
     SPLIT,
     STAGE1,
     STAGE2,
@@ -87,6 +90,7 @@ class Pipeline:
                     return code
             self._gather_probes()
             self._record()
+            self._report()
         print(f"\nDone: {self.layout.folder}")
         return DONE
 
@@ -249,6 +253,14 @@ class Pipeline:
             records += [json.dumps({"stage": stage, **json.loads(line)}) for line in lines]
         if records:
             (self.layout / PROBES).write_text("\n".join(records) + "\n", encoding="utf-8")
+
+    def _report(self) -> None:
+        missing = [name for name in REPORT_NEEDS if find_spec(name) is None]
+        if missing:
+            print(f'\nNo report.html: {", ".join(missing)} missing. Install with: pip install "trl-cwdpo[report]"')
+        elif self._start(REPORT_STEP) != DONE:
+            # All results are there: a report can be made of them at any time
+            print(f"\nThe report could not be written; `trl-cwdpo report {self.layout.folder}` tries again.")
 
     def _record(self) -> None:
         recipe = self.recipe

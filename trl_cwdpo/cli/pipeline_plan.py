@@ -17,6 +17,9 @@ CONFIG, SPLIT, EVALUATION, PROBES, REPORT, RECORD = (
     "run.json",
 )
 STAGE1, STAGE2, MERGED = "stage1", "stage2", "merged"
+# Written after all steps, anew each time
+REPORT_STEP = "report"
+REPORT_NEEDS = ("jinja2", "matplotlib", "plotly")
 STEPS_FOLDER = ".steps"
 # Keys of split.json
 HELD_OUT = "held_out"
@@ -27,6 +30,7 @@ TITLES = {
     "merge": "Merge stage 1's adapter into the weights",
     STAGE2: "Stage 2: Cooling-Weighted DPO",
     "evaluate": "Evaluation on held-out pairs",
+    "report": "Report",
 }
 
 

@@ -19,9 +19,12 @@ from trl_cwdpo.cli.pipeline_plan import (
     COMMANDS,
     EVALUATION,
     HELD_OUT,
+    REPORT,
+    REPORT_STEP,
     SPLIT,
     STAGE1,
     STAGE2,
+    TITLES,
     Layout,
     dataset_options,
     stage1_result,
@@ -56,9 +59,7 @@ def main(argv: Sequence[str]) -> int:
             return train(STAGES[COMMANDS[step]], ["--config", str(layout.stage_config(step))])
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         with quiet(bars=sys.stderr.isatty()):
-            said = {"check": check, "prepare": prepare, "merge": merge, "evaluate": evaluate}[step](
-                read_config(layout), layout
-            )
+            said = STEPS[step](read_config(layout), layout)
         print(said, end="", flush=True)
     except CommandError as error:
         print(f"{PROGRAM} run: error: {error}", file=sys.stderr)
@@ -216,6 +217,36 @@ def evaluate(recipe: Recipe, layout: Layout) -> str:
     result = evaluate_models(models, STAGE1, rows, recipe)
     write_json(layout / EVALUATION, result)
     return f"{table(result)}\n"
+
+
+def report(recipe: Recipe, layout: Layout) -> str:
+    """
+    Write the report of the run.
+
+    Args:
+        recipe ([`Recipe`]):
+            The recipe.
+        layout ([`Layout`]):
+            The folder of the run.
+
+    Returns:
+        `str`: What to say of it.
+
+    Raises:
+        CommandError: If what the stages have recorded cannot be read.
+    """
+    from trl_cwdpo.report import judge, write_report
+    from trl_cwdpo.report.tracks import STAGES
+
+    try:
+        runs = write_report([layout.folder], layout / REPORT)
+    except ValueError as error:
+        raise CommandError(f"There is something wrong with what the stages have recorded: {error}") from error
+    lines = [f"  {STAGES[track.stage]}: {(verdict := judge(track)).title}. {verdict.advice}" for track in runs.tracks]
+    return "\n".join(["", TITLES[REPORT_STEP], *lines, ""])
+
+
+STEPS = {"check": check, "prepare": prepare, "merge": merge, "evaluate": evaluate, REPORT_STEP: report}
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (any JSON value)

@@ -149,6 +149,8 @@ class Run:
     def _save(self, trainer: Any) -> None:  # noqa: ANN401 (either trainer)
         args = self.arguments.args
         trainer.save_model(args.output_dir)
+        # With the log, for reports
+        trainer.save_state()
         name = args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).name
         trainer.create_model_card(model_name=name, dataset_name=self._hub_dataset())
 

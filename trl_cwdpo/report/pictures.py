@@ -188,7 +188,7 @@ def _draw_heat_map(axes: Any, chart: Chart) -> None:  # noqa: ANN401 (matplotlib
                 left, right = borders[column], borders[column + 1]
                 cells.append(Rectangle((left, bottom), right - left, top - bottom))
                 # One colour, more or less of it: that stays right when the picture is recoloured for a dark page
-                colors.append(to_rgba(light(heat_map.color), 0.08 + 0.92 * share / full))
+                colors.append(to_rgba(light(heat_map.color), min(1.0, 0.08 + 0.92 * share / full)))
     axes.add_collection(PatchCollection(cells, facecolors=colors, edgecolors="none"))
     axes.set_xlim(borders[0], borders[-1])
     axes.set_ylim(heat_map.edges[0], heat_map.edges[-1])
