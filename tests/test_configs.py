@@ -13,6 +13,7 @@ from trl import DPOConfig, SFTConfig, TrlParser
 
 from trl_cwdpo.cwdpo_config import CWDPOConfig
 from trl_cwdpo.gentle_negative_sft_config import GentleNegativeSFTConfig
+from trl_cwdpo.negative_options import NegativeOptions
 
 CONFIGS = [(CWDPOConfig, DPOConfig), (GentleNegativeSFTConfig, SFTConfig)]
 CPU = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": "none"}
@@ -35,17 +36,32 @@ def own_fields(config, parent):
 
 
 def documented_defaults(config):
-    """Options of the class docstring, in order, with their default as it is written there, or None without one."""
-    text = inspect.getdoc(config).split("Parameters:", 1)[1]
-    entries = re.findall(r"^ {4}(\w+) \((.+)\):$", text, flags=re.MULTILINE)
+    """Options of the class docstring with their default as it is written there, or None without one."""
+    # On-policy negatives have so many options that they are documented where they are declared
+    classes = [config, NegativeOptions] if issubclass(config, NegativeOptions) else [config]
+    texts = [inspect.getdoc(documented).split("Parameters:", 1)[1] for documented in classes]
+    entries = re.findall(r"^ {4}(\w+) \((.+)\):$", "\n".join(texts), flags=re.MULTILINE)
     defaults = {}
     for name, description in entries:
+        assert name not in defaults, name
         assert "*optional*" in description, name
         written = re.search(r"defaults to `(.+?)`", description)
         defaults[name] = None if written is None else ast.literal_eval(written.group(1))
     return defaults
 
 
+NEGATIVE_DEFAULTS = {
+    "dataset_negative_fraction": 1.0,
+    "num_negative_generations": 1,
+    "negative_selection": "random",
+    "on_policy_chosen": False,
+    "negative_max_completion_length": 256,
+    "negative_temperature": 1.0,
+    "negative_top_p": 1.0,
+    "negative_refresh_steps": 1,
+    "use_vllm": False,
+    "vllm_mode": "colocate",
+}
 PROBE_DEFAULTS = {"probe_dataset_size": 64, "probe_steps": 50, "probe_families": None}
 
 # --- defaults and documentation --------------------------------------------------------------------------------------
@@ -54,6 +70,7 @@ PROBE_DEFAULTS = {"probe_dataset_size": 64, "probe_steps": 50, "probe_families":
 def test_defaults_of_cwdpo_are_those_of_the_method():
     expected = {
         **PROBE_DEFAULTS,
+        **NEGATIVE_DEFAULTS,
         "cooling_mode": "loss",
         "cooling_floor": "auto",
         "cooling_temperature": "auto",
@@ -91,7 +108,6 @@ def test_inherited_defaults_are_the_parents(config, parent):
 def test_every_option_is_documented_once_with_the_default_that_it_has(config, parent):
     documented = documented_defaults(config)
     fields = {field.name: field.default for field in own_fields(config, parent)}
-    assert list(documented) == list(fields)
     assert documented == fields
     assert {name: type(value) for name, value in documented.items()} == {
         name: type(value) for name, value in fields.items()
@@ -369,8 +385,39 @@ def test_without_flags_the_parsed_config_is_the_default_one(config, parent):
 
 
 PROBE_VALUES = {"probe_dataset_size": 16, "probe_steps": 10, "probe_families": ["chosen", "argmax"]}
+NEGATIVE_VALUES = {
+    # Less would not go with stored references
+    "dataset_negative_fraction": 1.0,
+    "dataset_negative_fraction_end": 1.0,
+    "num_negative_generations": 4,
+    "negative_selection": "hardest",
+    "negative_reward_weights": [0.5, 2.0],
+    "on_policy_chosen": True,
+    "negative_discard_truncated": True,
+    "negative_max_completion_length": 32,
+    "negative_temperature": 0.7,
+    "negative_top_p": 0.9,
+    "negative_refresh_steps": 3,
+    "negative_generation_batch_size": 8,
+    "negative_log_samples": 0,
+    "ds3_gather_for_generation": True,
+    "use_vllm": True,
+    "vllm_mode": "server",
+    "vllm_model_impl": "transformers",
+    "vllm_enable_sleep_mode": True,
+    "vllm_structured_outputs_regex": "yes|no",
+    "vllm_server_base_url": "http://localhost:8001",
+    "vllm_server_host": "localhost",
+    "vllm_server_port": 8002,
+    "vllm_server_timeout": 10.0,
+    "vllm_group_port": 51217,
+    "vllm_gpu_memory_utilization": 0.5,
+    "vllm_max_model_length": 4096,
+    "vllm_tensor_parallel_size": 2,
+}
 CWDPO_VALUES = {
     **PROBE_VALUES,
+    **NEGATIVE_VALUES,
     "cooling_mode": "constant",
     "cooling_floor": -2.5,
     "cooling_temperature": 0.15,
@@ -404,7 +451,7 @@ def test_the_values_of_these_tests_cover_every_option(config, parent, values):
 
 @both_values
 def test_every_option_from_the_command_line(config, parent, values):
-    words = {name: value if isinstance(value, list) else [str(value)] for name, value in values.items()}
+    words = {name: [*map(str, value)] if isinstance(value, list) else [str(value)] for name, value in values.items()}
     flags = [text for name, given in words.items() for text in (f"--{name}", *given)]
     (parsed,) = TrlParser(config).parse_args_and_config([*CPU_FLAGS, *flags])
     for name, value in values.items():

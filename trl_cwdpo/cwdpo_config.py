@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from .calibration import PRESETS, number_or_auto
+from .negative_options import NegativeOptions, refuse_stored_references
 from .probe_options import ProbeOptions
 
 COOLING_MODES = ("loss", "gate", "constant", "off")
@@ -16,12 +17,14 @@ COOLING_PRESETS = tuple(PRESETS)
 
 
 @dataclass
-class CWDPOConfig(ProbeOptions, DPOConfig):
+class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
     r"""
     Configuration class for the [`CWDPOTrainer`].
 
     This class includes only the parameters that are specific to Cooling-Weighted DPO. For all the others, and their
-    defaults, see [`~trl.DPOConfig`] and [`~transformers.TrainingArguments`].
+    defaults, see [`~trl.DPOConfig`] and [`~transformers.TrainingArguments`]; for on-policy negatives
+    (`dataset_negative_fraction`, `num_negative_generations`, `negative_*`, `on_policy_chosen`, `use_vllm`, `vllm_*`),
+    [`~trl_cwdpo.negative_options.NegativeOptions`].
 
     Parameters:
         probe_dataset_size (`int`, *optional*, defaults to `64`):
@@ -129,6 +132,9 @@ class CWDPOConfig(ProbeOptions, DPOConfig):
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
+        self._check_negative_options()
+        if self.samples_negatives:
+            refuse_stored_references(self.precompute_ref_log_probs, self.reference_cache_dir)
 
     def _check_choices(self) -> None:
         for name, choices in (("cooling_mode", COOLING_MODES), ("cooling_preset", COOLING_PRESETS)):

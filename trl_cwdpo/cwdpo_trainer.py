@@ -7,7 +7,7 @@ comes from the same forward pass, so cooling costs no extra pass through the mod
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -33,6 +33,9 @@ from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits
 from .faults import stop_if_not_finite
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
+from .negative_options import check_fraction
+from .negatives.refresh import RowKeepingCollator
+from .negatives.wiring import build_negatives, check_can_sample
 from .paper import PAPER
 from .probes import add_configured_probes
 from .reference_cache import COLUMNS, ReferenceCache
@@ -73,6 +76,24 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
     - `cooling/rejected_avg_logp`: ℓ̄ of the rejected responses, nats per token;
     - `cooling/margin`: β(Δ_w − wΔ_l).
 
+    With `dataset_negative_fraction` below 1, rejected responses are sampled from the current policy, once per
+    optimizer step for all of its micro-batches; evaluation uses the dataset's. Logged then, over all processes:
+
+    - `negatives/on_policy_fraction`: share of pairs whose rejected response was sampled;
+    - `negatives/fallback_fraction`: share of the pairs sampled for that kept the dataset's after all, as no sample is
+      a negative, and why: `negatives/fallback_empty`, `_equal` (to the chosen response), `_truncated`, `_reward`
+      (not below the chosen one's);
+    - `negatives/completion_length`: mean tokens of a sample; `negatives/truncated_fraction`: samples without an end;
+    - `negatives/dataset_negative_fraction`: the option in force; `negatives/generation_time`: seconds;
+    - `negatives/on_policy_chosen_fraction`; `negatives/avg_logp`, `negatives/reward`, `negatives/chosen_reward`:
+      means, where measured.
+
+    Args:
+        negative_reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`] or a list of them, *optional*):
+            Scores samples and chosen responses: functions with the signature of [`~trl.GRPOTrainer`]'s `reward_funcs`,
+            synchronous or not, or a sequence classifier with one label. A sample is then a negative only if it scores
+            below the chosen response. The other arguments are those of [`~trl.DPOTrainer`].
+
     Example:
 
     ```python
@@ -108,6 +129,7 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        negative_reward_funcs: Any = None,  # noqa: ANN401 (functions, models or their names, one or several)
     ) -> None:
         args = upstream.resolve_config(CWDPOConfig, args, model, "CWDPO")
         # Without a reference model of the user's or an adapter to switch off, TRL would load the model a second time
@@ -138,6 +160,7 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
         # Sequence log-probabilities of the last loss, to name the rows behind a loss that is not finite
         self._last_logps: torch.Tensor | None = None
         self._amplification_checked = False
+        self._negatives = build_negatives(self, negative_reward_funcs)
         add_configured_probes(self)
 
     # --- the order of rows ------------------------------------------------------------------------------------------
@@ -202,6 +225,58 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
         if stored:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         return self._reference_logps(inputs["completion_mask"], kwargs)
+
+    @property
+    def dataset_negative_fraction(self) -> float:
+        """Share of pairs that keep the dataset's rejected response at the step to come."""
+        return self._negatives.fraction()
+
+    def set_dataset_negative_fraction(self, value: float) -> None:
+        """
+        Set the share of pairs that keep the dataset's rejected response, from the next round of sampling on.
+
+        The value takes the place of the schedule and is kept in checkpoints. All processes must set the same.
+
+        Args:
+            value (`float`):
+                In [0, 1]; 1 ends sampling.
+
+        Raises:
+            ValueError: If it lies outside, or the run's options exclude on-policy negatives.
+        """
+        check_fraction("dataset_negative_fraction", value)
+        if value < 1.0:
+            check_can_sample(self)
+        self._negatives.set_fraction(value)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """As [`~trl.DPOTrainer`]; the rows of each batch go along, since sampling starts from them."""
+        collator = self.data_collator
+        if not upstream.dispatches_batches(self):
+            self.data_collator = RowKeepingCollator(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """As [`~transformers.Trainer`]; rejected responses are sampled here, for the whole accumulation window."""
+        fetch = super().get_batch_samples
+        return self._negatives.next_window(epoch_iterator, lambda: fetch(epoch_iterator, num_batches, device))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._negatives.needs_all_columns:
+            dataset: Any = self.train_dataset
+            columns: Any = dataset.column_names or next(iter(dataset), {})
+            self._signature_columns: Any = list(dict.fromkeys([*self._signature_columns, *columns]))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ANN401 (transformers' signature)
+        self._negatives.save()
+        super()._save_checkpoint(model, trial)
+        self._negatives.saved()
 
     @property
     def calibration(self) -> CoolingCalibration | None:
@@ -401,3 +476,5 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
             if metrics.get(name):
                 metrics[name] = [extreme(metrics[name])]
         super().log(logs, start_time)
+        if upstream.is_training(self):
+            self._negatives.log_samples()

@@ -37,6 +37,7 @@ __all__ = [
     "accelerate_config_words",
     "add_smoothing_gap",
     "chosen_outputs",
+    "dispatches_batches",
     "inner_model",
     "is_fused_call",
     "is_peft_model",
@@ -181,6 +182,11 @@ def smoothing_gap(outputs: FusedCausalLMOutput, length: int) -> torch.Tensor:
 def is_training(trainer: Any) -> bool:  # noqa: ANN401 (any TRL trainer)
     """Whether the trainer is in a training step rather than in an evaluation."""
     return bool(trainer.model.training)
+
+
+def dispatches_batches(trainer: Any) -> bool:  # noqa: ANN401 (any trainer)
+    """Whether one process reads the batches of all, which then hold tensors only."""
+    return bool(trainer.args.accelerator_config.dispatch_batches)
 
 
 def metrics_mode(trainer: Any) -> str:  # noqa: ANN401 (any TRL trainer)
