@@ -21,7 +21,9 @@ REPOSITORY = Path(__file__).parent.parent
 # From the bottom up. A module imports from lower layers only: not sideways, not upwards. A folder counts as a module.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"_version"}),
-    frozenset({"formats", "negative_options", "objectives", "probe_measures", "probe_options"}),
+    frozenset(
+        {"formats", "negative_options", "objectives", "options", "prefix_layout", "probe_measures", "probe_options"}
+    ),
     frozenset(
         {
             "calibration",
@@ -66,8 +68,8 @@ CLOSED: dict[str, frozenset[str]] = {
     # The embedded task is a self-contained world: only the command line knows it.
     "shapes": frozenset(),
     # Importing a config must not drag in what the trainer needs.
-    "cwdpo_config": frozenset({"objectives", "calibration", "negative_options", "probe_options"}),
-    "gentle_negative_sft_config": frozenset({"objectives", "calibration", "probe_options"}),
+    "cwdpo_config": frozenset({"objectives", "calibration", "negative_options", "options", "probe_options"}),
+    "gentle_negative_sft_config": frozenset({"objectives", "calibration", "options", "probe_options"}),
 }
 IMPORTERS_OF_SHAPES = frozenset({"cli"})
 

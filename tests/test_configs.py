@@ -427,6 +427,7 @@ CWDPO_VALUES = {
     "cooling_stop_gradient": True,
     "cooling_min_weight": 0.03,
     "reference_cache_dir": "outputs/reference",
+    "share_prefix": True,
 }
 SFT_VALUES = {
     **PROBE_VALUES,
@@ -436,6 +437,7 @@ SFT_VALUES = {
     "negative_nll_floor": 1.5,
     "negative_nll_ceiling": 2.5,
     "negative_reduction": "batch",
+    "share_prefix": False,
 }
 both_values = pytest.mark.parametrize(
     ("config", "parent", "values"),

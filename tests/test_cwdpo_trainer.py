@@ -110,7 +110,7 @@ def test_gate_and_loss_differ_from_each_other_and_from_dpo(text_model, tmp_path)
     losses, gradients = {}, {}
     for mode in ("off", "gate", "loss"):
         numbers = {} if mode == "off" else {"cooling_floor": -3.9, "cooling_temperature": 0.3}
-        trainer = trainer_for(text_model, tmp_path, cooling_mode=mode, **numbers)
+        trainer = trainer_for(text_model, tmp_path, cooling_mode=mode, share_prefix=False, **numbers)
         loss = trainer.compute_loss(trainer.model, batch_of(trainer))
         loss.backward()
         losses[mode] = loss.item()
@@ -125,7 +125,9 @@ def test_cooling_reaches_every_loss_that_reads_the_rejected_ratio(text_model, tm
     values = []
     for mode in ("off", "loss"):
         numbers = {} if mode == "off" else {"cooling_floor": -3.9, "cooling_temperature": 0.3}
-        trainer = trainer_for(text_model, tmp_path, loss_type=[loss_type], cooling_mode=mode, **numbers)
+        trainer = trainer_for(
+            text_model, tmp_path, loss_type=[loss_type], cooling_mode=mode, share_prefix=False, **numbers
+        )
         values.append(trainer.compute_loss(trainer.model, batch_of(trainer)).item())
     assert values[0] != values[1]
 

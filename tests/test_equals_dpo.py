@@ -99,7 +99,8 @@ def dpo_run(key, folder, tmp_path, *args, **kwargs):
 
 
 def cwdpo_run(folder, tmp_path, *args, **kwargs):
-    return run(CWDPOTrainer, CWDPOConfig, folder, tmp_path / "cwdpo", *args, **kwargs)
+    # Sharing prompts changes results by rounding
+    return run(CWDPOTrainer, CWDPOConfig, folder, tmp_path / "cwdpo", *args, **{"share_prefix": False, **kwargs})
 
 
 def assert_same_run(expected, actual):
@@ -233,3 +234,8 @@ def test_metrics_of_an_evaluation_with_logits(text_model, tmp_path):
     ours = cwdpo_run(text_model, tmp_path, **kwargs, **UNCOOLED["weights of 1"])
     assert_same_run(expected, ours)
     assert any("eval_mean_logit" in entry for entry in ours[0].state.log_history)
+
+
+def test_off_does_not_share_prompts_by_itself(text_model, tmp_path):
+    expected = dpo_run("plain", text_model, tmp_path)
+    assert_same_run(expected, cwdpo_run(text_model, tmp_path, cooling_mode="off", share_prefix="auto"))

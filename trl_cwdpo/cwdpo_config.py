@@ -6,6 +6,7 @@ from trl import DPOConfig
 
 from .calibration import PRESETS, number_or_auto
 from .negative_options import NegativeOptions, refuse_stored_references
+from .options import bool_or_auto
 from .probe_options import ProbeOptions
 
 COOLING_MODES = ("loss", "gate", "constant", "off")
@@ -59,6 +60,11 @@ class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
             Folder for reference log-probabilities. Those that it lacks are computed before training begins, by all
             processes, and stay there for later runs; training then runs no reference forward and keeps no reference
             model. Works for text and pictures, datasets in memory and streams.
+        share_prefix (`bool` or `str`, *optional*, defaults to `"auto"`):
+            Whether prompt and pictures of a pair are computed once for both responses instead of once for each, which
+            changes results by rounding only. `"auto"`: where that is cheaper and a comparison on the first batch
+            confirms it, but not with `cooling_mode="off"`, which stays plain DPO bit for bit. `True`: always, or raise
+            where a model does not allow it. `False`: never.
     """
 
     cooling_mode: str = field(
@@ -121,6 +127,15 @@ class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
             "Works for text and pictures, datasets in memory and streams."
         },
     )
+    # `int` stands for `bool`: the command line's parser reads a union of `bool` and `str` as one of them
+    share_prefix: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Whether prompt and pictures of a pair are computed once for both responses. 'auto': where that "
+            "is cheaper and a comparison on the first batch confirms it, but not with `cooling_mode='off'`. "
+            "True: always, or raise where a model does not allow it. False: never."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +144,7 @@ class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
         self.cooling_mode = self.cooling_mode or "off"
         self.cooling_floor = number_or_auto("cooling_floor", self.cooling_floor)
         self.cooling_temperature = number_or_auto("cooling_temperature", self.cooling_temperature)
+        self.share_prefix = bool_or_auto("share_prefix", self.share_prefix)
         self._check_choices()
         self._check_ranges()
         self._check_combinations()

@@ -6,6 +6,7 @@ log-probability of each rejected response is shifted so that the difference the 
 comes from the same forward pass, so cooling costs no extra pass through the model.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -40,6 +41,7 @@ from .paper import PAPER
 from .probes import add_configured_probes
 from .reference_cache import COLUMNS, ReferenceCache
 from .run_state import RunState
+from .shared_prefix import SharedPrefix, trainer_obstacle
 from .upstream import reference
 from .upstream.resuming import FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
@@ -306,6 +308,17 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
     def _mode(self) -> objectives.CoolingMode:
         return cast(objectives.CoolingMode, self.args.cooling_mode)
 
+    @functools.cached_property
+    def _shared_prefix(self) -> SharedPrefix:
+        option = self.args.share_prefix or False
+        if self.args.cooling_mode == "off" and option == "auto":
+            option = False  # plain DPO, bit for bit
+        return SharedPrefix(self.accelerator, option, trainer_obstacle(self))
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """As [`~trl.DPOTrainer`]."""
+        return super().compute_ref_log_probs(self._shared_prefix.stand_in(model), inputs)
+
     def _calibrate_once(self, model: torch.nn.Module) -> None:
         args = self.args
         if args.cooling_mode not in ("loss", "gate") or "auto" not in (args.cooling_floor, args.cooling_temperature):
@@ -370,8 +383,9 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
         inputs: dict[str, Any],
         return_outputs: bool,  # noqa: FBT001 (TRL's signature)
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        if self.args.cooling_mode == "off":
-            tap = upstream.PolicyTap(model, lambda outputs, _: self._remember_logps(outputs))
+        stand_in = self._shared_prefix.stand_in(model)
+        if self.args.cooling_mode == "off" and (stand_in is model or self._has_references(inputs)):
+            tap = upstream.PolicyTap(stand_in, lambda outputs, _: self._remember_logps(outputs))
             with upstream.references_in_inputs(self) if self._has_references(inputs) else nullcontext():
                 return super()._compute_loss(tap, inputs, return_outputs)
 
@@ -383,12 +397,16 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
         def cool(outputs: upstream.FusedCausalLMOutput, kwargs: dict[str, Any]) -> None:
             self._remember_logps(outputs)
             references = self._references(inputs, kwargs, stored=stored)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references
+            if self.args.cooling_mode == "off":
+                return
             pairs.update(self._cool_pairs(outputs, inputs["completion_mask"], references))
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = pairs["ref_chosen"], pairs["cooled_ref"]
+            inputs["ref_rejected_logps"] = pairs["cooled_ref"]
 
         with upstream.references_in_inputs(self):
-            result = super()._compute_loss(upstream.PolicyTap(model, cool), inputs, return_outputs)
-        self._log_cooling(pairs)
+            result = super()._compute_loss(upstream.PolicyTap(stand_in, cool), inputs, return_outputs)
+        if pairs:
+            self._log_cooling(pairs)
         return result
 
     def _remember_logps(self, outputs: upstream.FusedCausalLMOutput) -> None:
@@ -398,7 +416,9 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
         self, completion_mask: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shift_mask = completion_mask[..., 1:]
-        log_probs = upstream.per_token_logps(upstream.reference_forward(self, kwargs), shift_mask.size(1))
+        log_probs = upstream.per_token_logps(
+            upstream.reference_forward(self, kwargs, self._shared_prefix.stand_in), shift_mask.size(1)
+        )
         ref_chosen, ref_rejected = objectives.sequence_logps(log_probs, shift_mask, self.ld_alpha).chunk(2)
         return ref_chosen, ref_rejected
 

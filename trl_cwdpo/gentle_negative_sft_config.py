@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .calibration import number_or_auto
+from .options import bool_or_auto
 from .probe_options import ProbeOptions
 
 NEGATIVE_LOSS_TYPES = ("smoothed", "hinge", "band", "none")
@@ -48,6 +49,10 @@ class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
         negative_reduction (`str`, *optional*, defaults to `"sequence"`):
             Over what `"hinge"` and `"band"` take their mean before the penalty: each `"sequence"`, or the global
             `"batch"` (the paper's hinge of the batch mean). `"smoothed"` is a mean over all rejected tokens.
+        share_prefix (`bool` or `str`, *optional*, defaults to `"auto"`):
+            Whether prompt and pictures of a pair are computed once for both responses instead of once for each, which
+            changes results by rounding only. `"auto"`: where that is cheaper and a comparison on the first batch
+            confirms it. `True`: always, or raise where a model does not allow it. `False`: never.
     """
 
     negative_loss_type: str = field(
@@ -91,6 +96,15 @@ class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
             "choices": list(NEGATIVE_REDUCTIONS),
         },
     )
+    # `int` stands for `bool`: the command line's parser reads a union of `bool` and `str` as one of them
+    share_prefix: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Whether prompt and pictures of a pair are computed once for both responses. 'auto': where that "
+            "is cheaper and a comparison on the first batch confirms it. "
+            "True: always, or raise where a model does not allow it. False: never."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +121,7 @@ class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
             self.negative_weight = DEFAULT_NEGATIVE_WEIGHTS[self.negative_loss_type]
         self.negative_nll_floor = number_or_auto("negative_nll_floor", self.negative_nll_floor)
         self.negative_nll_ceiling = number_or_auto("negative_nll_ceiling", self.negative_nll_ceiling)
+        self.share_prefix = bool_or_auto("share_prefix", self.share_prefix)
         self._check_negative_ranges()
         self._check_inherited_options()
 

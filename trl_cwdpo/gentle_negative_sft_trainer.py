@@ -5,6 +5,7 @@ pass covers both responses; its chosen half is handed to TRL's own loss, which n
 ever. With `negative_weight=0` the rejected half is not computed at all.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
 from .probes import add_configured_probes
 from .run_state import RunState
+from .shared_prefix import SharedPrefix, trainer_obstacle
 from .upstream.resuming import FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
 
@@ -265,7 +267,7 @@ class GentleNegativeSFTTrainer(FinishedRunStaysFinished, SFTTrainer):
         with preserved_random_state(), evaluation_mode(model), torch.no_grad():
             for batch in batches:
                 rejected = one_side(self._prepare_inputs(batch), "rejected", trim_to_multiple_of=1)
-                total = total - upstream.per_token_logps(self._forward(model, rejected)).sum()
+                total = total - upstream.per_token_logps(self._forward(model, rejected, one_sided=True)).sum()
         return total
 
     # --- the loss ---------------------------------------------------------------------------------------------------
@@ -313,7 +315,7 @@ class GentleNegativeSFTTrainer(FinishedRunStaysFinished, SFTTrainer):
         return result, upstream.per_token_logps(outputs).detach().sum(dim=1)
 
     def _forward(
-        self, model: torch.nn.Module, inputs: dict[str, Any], *, smoothing: bool = False
+        self, model: torch.nn.Module, inputs: dict[str, Any], *, smoothing: bool = False, one_sided: bool = False
     ) -> upstream.FusedCausalLMOutput:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         kwargs = {key: value for key, value in inputs.items() if key not in ("completion_mask", "labels")}
@@ -323,7 +325,12 @@ class GentleNegativeSFTTrainer(FinishedRunStaysFinished, SFTTrainer):
             gap_labels = labels.clone()
             gap_labels[: len(labels) // 2] = -100
             kwargs["gap_labels"] = gap_labels
-        return model(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+        run = model if one_sided else self._shared_prefix.stand_in(model)
+        return run(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+
+    @functools.cached_property
+    def _shared_prefix(self) -> SharedPrefix:
+        return SharedPrefix(self.accelerator, self.args.share_prefix or False, trainer_obstacle(self))
 
     def _negative_loss(
         self,

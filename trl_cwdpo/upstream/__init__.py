@@ -105,13 +105,17 @@ class PolicyTap:
     Stands in for the model of one loss computation: runs it as asked, and shows the outputs before they are used.
 
     Args:
-        model (`nn.Module`):
-            The policy, as wrapped by accelerate.
+        model (`Callable`):
+            The policy, as wrapped by accelerate, or its stand-in.
         on_outputs (`Callable`):
             Called with the outputs and the keyword arguments of the fused forward.
     """
 
-    def __init__(self, model: nn.Module, on_outputs: Callable[[FusedCausalLMOutput, dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        on_outputs: Callable[[FusedCausalLMOutput, dict[str, Any]], None],
+    ) -> None:
         self.model = model
         self.on_outputs = on_outputs
 
@@ -194,7 +198,11 @@ def metrics_mode(trainer: Any) -> str:  # noqa: ANN401 (any TRL trainer)
     return "train" if is_training(trainer) else "eval"
 
 
-def reference_forward(trainer: DPOTrainer, kwargs: dict[str, Any]) -> FusedCausalLMOutput:
+def reference_forward(
+    trainer: DPOTrainer,
+    kwargs: dict[str, Any],
+    stand_in: Callable[[Any], Callable[..., Any]] | None = None,
+) -> FusedCausalLMOutput:
     """
     The reference model's outputs for the call that the policy got.
 
@@ -206,6 +214,8 @@ def reference_forward(trainer: DPOTrainer, kwargs: dict[str, Any]) -> FusedCausa
             The trainer.
         kwargs (`dict`):
             Keyword arguments of the policy's fused forward.
+        stand_in (`Callable`, *optional*):
+            Returns what to call in place of a model.
 
     Returns:
         [`FusedCausalLMOutput`].
@@ -221,7 +231,7 @@ def reference_forward(trainer: DPOTrainer, kwargs: dict[str, Any]) -> FusedCausa
     policy: Any = trainer.model
     checkpointing_kwargs: Any = trainer.args.gradient_checkpointing_kwargs
     with torch.no_grad(), disable_gradient_checkpointing(policy, checkpointing_kwargs), adapter:
-        return model(**kwargs)
+        return (stand_in(model) if stand_in else model)(**kwargs)
 
 
 @contextlib.contextmanager

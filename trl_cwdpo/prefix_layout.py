@@ -1,0 +1,258 @@
+"""Where the tokens of preference pairs stand when a pair is one row: [prompt | longer side | shorter side].
+
+Pure tensor arithmetic. A batch of `B` pairs comes as `2B` rows of `T` tokens, the chosen ones first, padded on the
+right. Prompts, chosen and rejected responses are cut out of it and put into `B` rows of three blocks, each padded on
+the right to the longest of the batch. The side whose block is longer comes first, so that the shapes alone tell the
+blocks apart. [`PrefixLayout`] goes there and back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """
+    The layout of one batch of `B` pairs.
+
+    Args:
+        prompt_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of each prompt, at least 1.
+        lengths (`torch.Tensor` of shape `(2, B)`):
+            Tokens of each chosen and each rejected response, at least 1.
+        length (`int`):
+            T, columns of the batch as it came.
+        prompt (`int`):
+            P, the width of the block of prompts.
+        sides (`tuple[int, int]`):
+            Widths of the blocks of the chosen and of the rejected responses.
+        padded_prompts (`bool`):
+            Whether prompts differ in length.
+    """
+
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+    length: int
+    prompt: int
+    sides: tuple[int, int]
+    padded_prompts: bool
+
+    @property
+    def pairs(self) -> int:
+        """B."""
+        return len(self.prompt_lengths)
+
+    @property
+    def width(self) -> int:
+        """N, tokens of a row."""
+        return self.prompt + sum(self.sides)
+
+    @property
+    def longer(self) -> int:
+        """Which side comes first: 0 for the chosen one."""
+        return int(self.sides[1] > self.sides[0])
+
+    @property
+    def _starts(self) -> tuple[int, int]:
+        first = self.prompt + self.sides[self.longer]
+        return (self.prompt, first) if self.longer == 0 else (first, self.prompt)
+
+    def _columns(self, width: int) -> torch.Tensor:
+        return torch.arange(width, device=self.prompt_lengths.device)
+
+    def _place(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Of each column of a row: its side (-1 for the prompt), the place within its block, whether it holds a token
+        column = self._columns(self.width)
+        side = torch.full_like(column, -1)
+        place = column.clone()
+        for index, start in enumerate(self._starts):
+            block = slice(start, start + self.sides[index])
+            side[block], place[block] = index, column[: self.sides[index]]
+        limits = torch.cat([self.lengths, self.prompt_lengths.unsqueeze(0)])  # side -1 is the last
+        return side, place, place < limits[side].transpose(0, 1)
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """
+        Tokens of the batch, or anything said of each of them, as rows.
+
+        Args:
+            tensor (`torch.Tensor` of shape `(2B, T)`):
+                As the collator returns it. Padding takes the value of the first chosen token.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N)`.
+        """
+        side, place, used = self._place()
+        prompt = self.prompt_lengths.unsqueeze(1)
+        index = torch.where(side < 0, place, prompt + place) + self.length * side.clamp(min=0)
+        both = torch.cat(tensor.chunk(2), dim=1)
+        return both.gather(1, torch.where(used, index, prompt))
+
+    def positions(self, prompt_positions: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Position ids of the rows, which go on from the prompt for either side.
+
+        Args:
+            prompt_positions (`torch.Tensor` of shape `(axes, B, T)`, *optional*):
+                Positions of `[prompt | chosen]` where they are more than a count, as in multi-axis RoPE.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N)` or `(axes, B, N)`.
+        """
+        side, place, used = self._place()
+        prompt = self.prompt_lengths.unsqueeze(1)
+        in_prompt = side < 0
+        if prompt_positions is None:
+            return torch.where(used, torch.where(in_prompt, place, prompt + place), prompt)
+        first = prompt_positions.gather(2, prompt.expand(len(prompt_positions), -1, -1))
+        of_prompt = prompt_positions[..., place.clamp(max=self.length - 1)]
+        positions = torch.where(in_prompt, of_prompt, first + place)
+        return torch.where(used, positions, first)
+
+    def side_mask(self) -> torch.Tensor:
+        """
+        What the longer side may attend to; its first rows and columns are what the shorter side may.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 1, M, P + M)`, bool, columns being the prompt and the side itself, with M the
+            longer side. The first dimension is 1 where no prompt is padded.
+        """
+        width = max(self.sides)
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.prompt_lengths.device).tril()
+        prompts = self._columns(self.prompt) < self.prompt_lengths.unsqueeze(1)
+        if not self.padded_prompts:
+            prompts = prompts[:1]
+        prompts = prompts[:, None, None, :].expand(-1, 1, width, -1)
+        return torch.cat([prompts, causal.expand(len(prompts), 1, -1, -1)], dim=-1)
+
+    def dense_mask(self) -> torch.Tensor:
+        """
+        What each token of a row may attend to.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 1, N, N)`, bool.
+        """
+        side, _, _ = self._place()
+        column = self._columns(self.width)
+        causal = column.unsqueeze(1) >= column
+        own = side.unsqueeze(1) == side
+        prompts = (side < 0) & (column < self.prompt_lengths.unsqueeze(1))  # (B, N)
+        return (causal & (prompts.unsqueeze(1) | (own & (side >= 0)))).unsqueeze(1)
+
+    def _before_response(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Counts 0 (last token of the prompt), 1, … (response); of each of 2B rows whether it exists, and its prompt
+        count = self._columns(1 + max(self.sides))
+        return count, count <= self.lengths.reshape(-1, 1), self.prompt_lengths.repeat(2).unsqueeze(1)
+
+    def scored_index(self) -> torch.Tensor:
+        """
+        The places that predict responses: the last token of the prompt, and the response.
+
+        Returns:
+            `torch.Tensor` of shape `(2B, 1 + M)`, indices into rows laid end to end.
+        """
+        count, exists, prompt = self._before_response()
+        starts = torch.tensor(self._starts, device=count.device).repeat_interleave(self.pairs).unsqueeze(1)
+        place = torch.where(exists & (count > 0), starts + count - 1, prompt - 1)
+        return place + self.width * self._columns(self.pairs).repeat(2).unsqueeze(1)
+
+    def labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """
+        Labels of the places of [`~PrefixLayout.scored_index`].
+
+        Args:
+            labels (`torch.Tensor` of shape `(2B, T)`):
+                Labels of the batch as it came.
+
+        Returns:
+            `torch.Tensor` of shape `(2B, 1 + M)`, -100 where there is no response.
+        """
+        count, exists, prompt = self._before_response()
+        index = (prompt - 1 + count).clamp(max=self.length - 1)
+        return labels.gather(1, index).masked_fill(~exists, IGNORED)
+
+    def restore(self, per_token: torch.Tensor) -> torch.Tensor:
+        """
+        Values of the scored places, as the usual forward pass returns them.
+
+        Args:
+            per_token (`torch.Tensor` of shape `(2B, M)`):
+                Value of each token of the responses.
+
+        Returns:
+            `torch.Tensor` of shape `(2B, T - 1)`, zero outside the responses.
+        """
+        place = self._columns(self.length - 1) - (self.prompt_lengths.repeat(2).unsqueeze(1) - 1)
+        response = (place >= 0) & (place < self.lengths.reshape(-1, 1))
+        values = per_token.gather(1, place.clamp(min=0, max=per_token.size(1) - 1))
+        return values.masked_fill(~response, 0)
+
+    def relative_cost(self, hidden_size: int, intermediate_size: int, head_size: float = 0.0) -> float:
+        """
+        Estimated arithmetic of decoder and head on the rows, relative to that on the batch as it came.
+
+        Args:
+            hidden_size (`int`):
+                Width of the decoder.
+            intermediate_size (`int`):
+                Width of its feed-forward layers.
+            head_size (`float`, *optional*, defaults to 0):
+                Width of the head, divided by the number of layers, where the usual way scores every token.
+
+        Returns:
+            `float`.
+        """
+        per_token = 8 * hidden_size**2 + 6 * hidden_size * intermediate_size
+        per_score = 2 * hidden_size * head_size
+        longer, shorter = max(self.sides), min(self.sides)
+        seen = self.prompt**2 / 2 + longer * (self.prompt + longer) + shorter * (self.prompt + shorter)
+        ours = self.width * per_token + 2 * (1 + longer) * per_score + 4 * hidden_size * seen
+        return ours / (2 * self.length * (per_token + per_score) + 4 * hidden_size * self.length**2)
+
+
+def find_layout(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor
+) -> PrefixLayout | str:
+    """
+    The layout of a batch.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(2B, T)`):
+            Tokens, chosen rows first.
+        attention_mask (`torch.Tensor` of shape `(2B, T)`, *optional*):
+            Zero on padding.
+        labels (`torch.Tensor` of shape `(2B, T)`):
+            -100 outside the responses.
+
+    Returns:
+        [`PrefixLayout`], or why the pairs of this batch do not share a prefix.
+    """
+    if attention_mask is None or attention_mask.shape != input_ids.shape or len(input_ids) % 2:
+        return "it is no batch of pairs with a padding mask"
+    column = torch.arange(input_ids.size(1), device=input_ids.device)
+    response = labels != IGNORED
+    lengths, used = response.sum(dim=1), attention_mask.sum(dim=1)
+    prompts = used - lengths
+    before_end = column < used.unsqueeze(1)
+    regular = (attention_mask.bool() == before_end) & (response == (before_end & (column >= prompts.unsqueeze(1))))
+    chosen, rejected = input_ids.chunk(2)
+    chosen_prompts, rejected_prompts = prompts.chunk(2)
+    same = (chosen == rejected) | (column >= chosen_prompts.unsqueeze(1))
+    widths = [chosen_prompts.max(), chosen_prompts.min(), *lengths.reshape(2, -1).amax(dim=1), lengths.min()]
+    checks = [regular.all(), same.all() & (chosen_prompts == rejected_prompts).all()]
+    # All that the host needs to know, in one transfer
+    found = torch.stack([*widths, *(check.long() for check in checks)]).tolist()
+    longest, shortest, chosen_width, rejected_width, shortest_side, is_regular, is_same = found
+    if not is_regular:
+        return "its rows are not a prompt and a response, padded on the right"
+    if not is_same:
+        return "the prompts of chosen and rejected rows differ, as when `truncation_mode='keep_end'` cuts them"
+    if not shortest or not shortest_side:
+        return "a prompt or a response is empty"
+    sides = (int(chosen_width), int(rejected_width))
+    return PrefixLayout(
+        chosen_prompts, lengths.reshape(2, -1), len(column), int(longest), sides, bool(longest != shortest)
+    )

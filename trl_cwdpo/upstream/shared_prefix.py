@@ -1,0 +1,189 @@
+"""What the shared prefix needs of transformers and TRL: attention, hidden states, positions and picture features.
+
+Assumed, and pinned down by `tests/test_upstream_shared_prefix.py`:
+
+- a four-dimensional attention mask reaches the attention function as it is;
+- models look their attention function up in `AttentionInterface` by the name in their configuration;
+- the fused head scores the `last_hidden_state` that the backbone `base_model` returns, whatever its length;
+- models with multi-axis RoPE compute their positions in `get_rope_index`, and take them as `position_ids`.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+SPLIT_ATTENTION = "sdpa"
+DENSE_ATTENTION = "eager"
+STATELESS_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class SplitAttention:
+    """
+    Attention over rows [prompt | longer side | shorter side], each side blind to the other; `attention` for all else.
+
+    Rows are known by their mask, that of [`~trl_cwdpo.prefix_layout.PrefixLayout.side_mask`]: it has fewer columns
+    than there are keys, which no other mask has. Prompts attend causally among themselves and need no mask, since
+    their padding comes behind them; each side attends to its prompt and to itself.
+
+    Args:
+        attention (`Callable`):
+            An attention function of transformers that takes `is_causal`.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        self.attention = attention
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend; see `AttentionInterface` of transformers for arguments and result."""
+        if attention_mask is None or attention_mask.dim() != 4 or not _covers_sides_only(attention_mask, query, key):
+            return self.attention(module, query, key, value, attention_mask, **kwargs)
+        rows, columns = attention_mask.shape[-2:]
+        prompt, shorter = columns - rows, query.shape[2] - columns
+        kwargs["is_causal"] = True
+        # Without padding between them, prompt and longer side are one causal sequence
+        first = prompt if attention_mask.shape[0] > 1 else columns
+        parts = [self.attention(module, query[:, :, :first], key[:, :, :first], value[:, :, :first], None, **kwargs)]
+        if first == prompt:
+            side = query[:, :, prompt:columns], key[:, :, :columns], value[:, :, :columns]
+            parts.append(self.attention(module, *side, attention_mask, **kwargs))
+        keys, values = (torch.cat([x[:, :, :prompt], x[:, :, columns:]], dim=2) for x in (key, value))
+        mask = attention_mask[..., :shorter, : prompt + shorter]
+        parts.append(self.attention(module, query[:, :, columns:], keys, values, mask, **kwargs))
+        return torch.cat([output for output, _ in parts], dim=1), None
+
+
+def _covers_sides_only(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
+    return query.shape[2] == key.shape[2] > mask.shape[-1] > 1
+
+
+def register_split_attention() -> None:
+    """
+    Let the attention implementation "sdpa" take the masks of shared prefixes, once.
+
+    Every other call is passed on, so that models, their configurations and generation stay as they are.
+    """
+    attention = AttentionInterface()[SPLIT_ATTENTION]
+    if not isinstance(attention, SplitAttention):
+        AttentionInterface.register(SPLIT_ATTENTION, SplitAttention(attention))
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the attention implementation of a model's decoder."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def looks_up_attention(model: PreTrainedModel) -> bool:
+    """Whether a model takes its attention function from `AttentionInterface`."""
+    return all(
+        module._can_set_attn_implementation() for module in model.modules() if isinstance(module, PreTrainedModel)
+    )
+
+
+def attention_window(config: PretrainedConfig) -> int | None:
+    """
+    The number of tokens up to which every layer of a decoder attends to all tokens before.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            Of the decoder.
+
+    Returns:
+        `int`, or `None` without a limit.
+    """
+    layers = getattr(config, "layer_types", None)
+    limits = []
+    for name, layer in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
+        limit = getattr(config, name, None)
+        if limit is not None and (layers is None or layer in layers):
+            limits.append(int(limit))
+    return min(limits, default=None)
+
+
+def stateful_layers(config: PretrainedConfig) -> set[str]:
+    """The kinds of layers of a decoder that carry a state along a row, so that a side would see the other."""
+    return set(getattr(config, "layer_types", None) or ()) - STATELESS_LAYERS
+
+
+@contextlib.contextmanager
+def scored_places(model: PreTrainedModel, index: torch.Tensor) -> Iterator[None]:
+    """
+    For the duration, the head of `model` sees the hidden states of some places only.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model without wrappers.
+        index (`torch.Tensor` of shape `(rows, places)`):
+            Places in the backbone's rows laid end to end.
+    """
+
+    def pick(_module: nn.Module, _args: Any, outputs: Any) -> Any:  # noqa: ANN401 (a hook of torch)
+        hidden = outputs.last_hidden_state
+        picked = hidden.flatten(0, 1).index_select(0, index.flatten().to(hidden.device))
+        outputs.last_hidden_state = picked.view(*index.shape, -1)
+        return outputs
+
+    hook = model.base_model.register_forward_hook(pick)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def map_per_token(
+    outputs: FusedCausalLMOutput, function: Callable[[torch.Tensor], torch.Tensor]
+) -> FusedCausalLMOutput:
+    """
+    Outputs of a fused forward with `function` applied to everything that is said of each token.
+
+    Args:
+        outputs ([`FusedCausalLMOutput`]):
+            Outputs; subclasses keep their class.
+        function (`Callable`):
+            Takes and returns a tensor with one value for each token.
+
+    Returns:
+        [`FusedCausalLMOutput`].
+    """
+    values = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+    for name, value in values.items():
+        if torch.is_tensor(value) and value.dim() == 2:
+            values[name] = function(value)
+    return type(outputs)(**values)
+
+
+def multi_axis_positions(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """
+    The positions that a model with multi-axis RoPE gives to a batch.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model without wrappers.
+        inputs (`dict`):
+            What the usual forward gets.
+
+    Returns:
+        `torch.Tensor` of shape `(axes, rows, columns)`, or `None` for a model or batch whose positions are a count.
+    """
+    get_rope_index = getattr(model.base_model, "get_rope_index", None)
+    if get_rope_index is None or not any(name.endswith("_grid_thw") for name in inputs):
+        return None
+    known = inspect.signature(get_rope_index).parameters
+    positions, _ = get_rope_index(**{name: value for name, value in inputs.items() if name in known})
+    return positions
