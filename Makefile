@@ -18,7 +18,7 @@ INPUTS := pyproject.toml constraints.txt trl_cwdpo/_version.py
 .DELETE_ON_ERROR:
 # Two installs into one environment at a time would race.
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format types build check-wheel clean
+.PHONY: help demo test test-all lint format types docs build check-wheel check clean
 
 help:
 	@echo "make demo         install and run the demonstration"
@@ -27,6 +27,8 @@ help:
 	@echo "make lint         ruff: rules and format, changing nothing"
 	@echo "make format       ruff: repair what can be repaired"
 	@echo "make types        mypy"
+	@echo "make docs         the documentation site, in site/"
+	@echo "make check        all of it: lint, types, tests, docs, the wheel on its own"
 	@echo "make build        source distribution and wheel in dist/"
 	@echo "make check-wheel  install the wheel elsewhere and run the quick tests against it"
 	@echo "make clean        remove the environment, build results and caches"
@@ -56,6 +58,10 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-python $(INPUTS)
 	$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@ $(VENV)/.stamp-core
 
+$(VENV)/.stamp-docs: $(VENV)/.stamp-python $(INPUTS)
+	$(PIP_INSTALL) --editable ".[docs]"
+	@touch $@ $(VENV)/.stamp-core
+
 $(VENV)/.stamp-all: $(VENV)/.stamp-python $(INPUTS)
 	$(PIP_INSTALL) --editable ".[test,quantization,deepspeed,report,eval,examples]"
 	@touch $@ $(VENV)/.stamp-core $(VENV)/.stamp-test
@@ -83,6 +89,11 @@ format: $(VENV)/.stamp-dev
 
 types: $(VENV)/.stamp-dev
 	$(BIN)/mypy
+
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+check: lint types test docs check-wheel
 
 # --- Distribution ---
 

@@ -33,7 +33,7 @@ def main(target: Path = TARGET) -> None:
         xlabel="fall of the rejected response, nats per token",
         ylabel="push on it, relative to DPO (R)",
         title=f"Cooling cools only where β·L·τ < 1 (β = {BETA}, L = {LENGTH} tokens)",
-        ylim=(1e-6, 1e4),
+        ylim=(1e-4, 1e4),
         xlim=(0, 4),
     )
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""A griffe extension: docstrings are written for Hugging Face's documentation builder, and shown by another one here."""
+"""A griffe extension: docstrings are written for another documentation builder than the one that shows them here."""
 
 import re
 from typing import Any

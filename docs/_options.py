@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the options of a configuration class, from its fields and its docstring, where a page asks for them.
+"""A hook of mkdocs: options of a configuration class, from its fields and its docstring, where a page asks for them.
 
 `<!-- options: module:Class -->` becomes a table of what the class adds to its parent.
 """
@@ -36,11 +36,16 @@ def table(module: str, name: str, prefix: str = "") -> str:
         ValueError: If an option has no entry in the docstring.
     """
     config = getattr(import_module(module), name)
-    inherited = {field.name for base in config.__mro__[1:] for field in getattr(base, "__dataclass_fields__", {}).values()}
-    described = {found[1]: " ".join(found[3].split()) for found in ENTRY.finditer(f"{config.__doc__}\n")}
+    ours = [base for base in config.__mro__ if base.__module__.startswith("trl_cwdpo.")]
+    theirs = {name for base in config.__mro__ if base not in ours for name in getattr(base, "__annotations__", {})}
+    entries = [entry for base in ours for entry in ENTRY.finditer(f"{base.__doc__}\n")]
+    described = {entry[1]: " ".join(entry[3].split()) for entry in entries}
     lines = ["| option | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(config):
-        if field.name in inherited or not field.name.startswith(prefix):
+    # Its own before those of the classes that are mixed into it
+    order = {option: number for number, option in enumerate(o for base in ours for o in vars(base)["__annotations__"])}
+    fields = [field for field in dataclasses.fields(config) if field.name in order and field.name not in theirs]
+    for field in sorted(fields, key=lambda field: order[field.name]):
+        if not field.name.startswith(prefix):
             continue
         if field.name not in described:
             raise ValueError(f"`{name}.{field.name}` has no entry in the docstring of {name}.")

@@ -5,6 +5,7 @@ there under the same name, only small: a model in `Qwen/…`, a dataset in `Hugg
 A block that cannot run here has a comment above it, `<!-- not run: reason -->`; a long one has `<!-- slow -->`.
 """
 
+import importlib
 import json
 import os
 import re
@@ -139,3 +140,26 @@ def test_remarks_say_something_known(page):
     unknown = [block for block in blocks_of(page) if block.remark not in ("", "slow")]
     assert all(len(block.remark) > len("not run: ") + 5 for block in unknown)
     assert all(block.remark.startswith("not run: ") for block in unknown)
+
+
+@pytest.mark.skipif(not (REPOSITORY / "docs").is_dir(), reason="no documentation beside the tests")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("trl_cwdpo.cwdpo_config", "CWDPOConfig"),
+        ("trl_cwdpo.gentle_negative_sft_config", "GentleNegativeSFTConfig"),
+        ("trl_cwdpo.data_arguments", "DataArguments"),
+    ],
+)
+def test_every_option_has_a_row_in_the_table(module, name, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "docs")
+    config = getattr(importlib.import_module(module), name)
+    rows = importlib.import_module("_options").table(module, name).splitlines()[2:]
+    ours = {
+        option
+        for base in config.__mro__
+        if base.__module__.startswith("trl_cwdpo.")
+        for option in base.__annotations__
+    }
+    assert {row.split("`")[1] for row in rows} >= ours - {"args"}
+    assert all(len(row.split(" | ")[2]) > len("a word or two") for row in rows)
