@@ -1,0 +1,115 @@
+"""What `trl-cwdpo evaluate` measures with generated responses."""
+
+import argparse
+import csv
+import json
+
+import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from trl_cwdpo.cli.errors import CommandError
+from trl_cwdpo.cli.evaluate_responses import GeneratedResponses, add_arguments, references_of, table
+from trl_cwdpo.evaluation.win_rate import Comparison
+from trl_cwdpo.probe_rows import choose_rows
+from trl_cwdpo.shapes import Scene, judge
+
+
+@pytest.fixture(scope="module")
+def material(vision_model, vision_pairs):
+    processor = AutoProcessor.from_pretrained(vision_model)
+    dataset = vision_pairs["test"]
+    return (
+        AutoModelForImageTextToText.from_pretrained(vision_model),
+        processor,
+        dataset,
+        choose_rows(dataset, processor, 4),
+    )
+
+
+def collected(material, folder, *words):
+    """Responses of a real model and of two that are made up: right, and wrong."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    model, processor, dataset, rows = material
+    found = GeneratedResponses(parser.parse_args(words), dataset, rows, processor.tokenizer, folder)
+    found.collect("real", model)
+    chosen = [references_of(dataset[row.index])[0] for row in rows.rows]
+    if found.wanted:
+        found.responses |= {"right": chosen, "wrong": ["a b"] * len(chosen)}
+    return found, chosen
+
+
+def test_nothing_is_generated_unless_asked_for(material, tmp_path):
+    found, _ = collected(material, tmp_path)
+    assert found.responses == {}
+    assert found.results("real", task="t") == {}
+    assert table({}, "real") == ""
+
+
+def test_the_oracle_judges(material, tmp_path):
+    found, chosen = collected(material, tmp_path, "--judge", "oracle", "--max_new_tokens", "3")
+    results = found.results("wrong", task="t")
+    assert results["right"]["win_rate"]["wins"] == 1.0
+    assert results["right"]["win_rate"]["inconsistent"] == 0.0
+    assert "win_rate" not in results["wrong"]
+    assert all(len(text.split()) <= 3 for text in results["real"]["responses"])
+    # Right by the oracle's own word
+    for row, text in zip(found.rows.rows, chosen, strict=True):
+        assert judge(text, Scene.from_json(material[2][row.index]["scene"])).exact
+    text = table(results, "wrong")
+    assert "100.0 %" in text
+    assert "against wrong" in text
+
+
+def test_a_function_judges(material, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "def judge(pairs):\n    return [float(len(p.first) < len(p.second)) for p in pairs]\n"
+    (tmp_path / "my_judge.py").write_text(code)
+    found, _ = collected(material, tmp_path, "--judge", "my_judge:judge")
+    assert found.judge([Comparison("x", "a", "bb")]) == [1.0]
+    assert found.results("right", task="t")["wrong"]["win_rate"]["wins"] == 1.0
+
+
+def test_caption_scores(material, tmp_path):
+    pytest.importorskip("pycocoevalcap")
+    found, _ = collected(material, tmp_path, "--captions")
+    results = found.results("real", task="t")
+    assert results["right"]["captions"]["scores"]["BLEU-4"] == pytest.approx(1.0)
+    assert results["wrong"]["captions"]["scores"]["BLEU-4"] < 0.1
+    assert "CIDEr" in table(results, "real")
+
+
+def test_exports(material, tmp_path):
+    found, chosen = collected(material, tmp_path, "--export", "lmms-eval", "--export", "vlmevalkit")
+    found.results("real", task="mine")
+    (file,) = (tmp_path / "lmms-eval" / "right").iterdir()
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [sample["filtered_resps"] for sample in samples] == [[text] for text in chosen]
+    assert samples[0]["input"] == "describe the image"
+    with (tmp_path / "vlmevalkit" / "right_mine.tsv").open() as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    assert [row["prediction"] for row in rows] == [row["answer"] for row in rows] == chosen
+    assert (tmp_path / "vlmevalkit" / "mine.tsv").is_file()
+
+
+def test_references():
+    assert references_of({"references": ["a", "b"], "chosen": "c"}) == ["a", "b"]
+    assert references_of({"chosen": [{"role": "assistant", "content": "c "}]}) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--judge", "nowhere:judge"], "write it as `module:function`"),
+        (["--judge", "endpoint:m", "--judge_max_cost", "1"], "price_per_million|openai"),
+    ],
+)
+def test_judges_that_cannot_be_had(material, tmp_path, words, message):
+    with pytest.raises(CommandError, match=message):
+        collected(material, tmp_path, *words)
+
+
+def test_no_oracle_without_scenes(material, tmp_path):
+    model, processor, dataset, rows = material
+    with pytest.raises(CommandError, match="no column `scene`"):
+        collected((model, processor, dataset.remove_columns("scene"), rows), tmp_path, "--judge", "oracle")
