@@ -158,11 +158,11 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
             drop_overlong_pairs(self)
         self.data_collator = PreferenceCollator(self.data_collator, args.max_length)
         self.add_callback(RunState())
-        self.reference_cache = self._fill_reference_cache(custom_collator=data_collator is not None)
         # Sequence log-probabilities of the last loss, to name the rows behind a loss that is not finite
         self._last_logps: torch.Tensor | None = None
         self._amplification_checked = False
         self._negatives = build_negatives(self, negative_reward_funcs)
+        self.reference_cache = self._fill_reference_cache(custom_collator=data_collator is not None)
         add_configured_probes(self)
 
     # --- the order of rows ------------------------------------------------------------------------------------------
