@@ -63,7 +63,7 @@ $(VENV)/.stamp-docs: $(VENV)/.stamp-python $(INPUTS)
 	@touch $@ $(VENV)/.stamp-core
 
 $(VENV)/.stamp-all: $(VENV)/.stamp-python $(INPUTS)
-	$(PIP_INSTALL) --editable ".[test,quantization,deepspeed,report,eval,examples]"
+	$(PIP_INSTALL) --editable ".[test,quantization,deepspeed,report,eval,examples,endpoint,serving]"
 	@touch $@ $(VENV)/.stamp-core $(VENV)/.stamp-test
 
 # --- Use ---

@@ -49,6 +49,9 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "write an HTML report of runs: what training did, and what to change", "trl_cwdpo.cli.report:main"
     ),
+    "generate-negatives": Command(
+        "write a dataset with negatives sampled from a model or edited by one", "trl_cwdpo.cli.generate_negatives:main"
+    ),
     "audit": Command("read a dataset before training and report what is wrong", "trl_cwdpo.cli.audit:main"),
     "bench": Command("compare methods over seeds, regimes and settings", "trl_cwdpo.cli.bench:main"),
     "demo": Command("both stages beside plain DPO on a toy task, in minutes and offline", "trl_cwdpo.cli.demo:main"),

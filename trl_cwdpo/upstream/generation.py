@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import GenerationConfig
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import add_fused_lm_head
 
-__all__ = ["GeneratingPolicy", "image_token_ids", "stop_token_ids"]
+__all__ = ["GeneratingPolicy", "add_scoring_head", "image_token_ids", "stop_token_ids"]
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:  # noqa: ANN401 (any model and tokenizer)
@@ -92,3 +94,8 @@ class GeneratingPolicy:
         with self.unwrapped() as model:
             outputs = model.generate(**inputs, generation_config=config)
         return outputs[:, inputs["input_ids"].size(1) :]
+
+
+def add_scoring_head(model: Any) -> None:  # noqa: ANN401 (a transformers or PEFT model)
+    """Let a model return per-token log-probabilities (`fused_lm_head=True`), as TRL's trainers do."""
+    add_fused_lm_head(model.get_base_model() if is_peft_model(model) else model, outputs=("log_probs",))
