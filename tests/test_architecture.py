@@ -22,7 +22,16 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"_version"}),
     frozenset(
-        {"formats", "negative_options", "objectives", "options", "prefix_layout", "probe_measures", "probe_options"}
+        {
+            "formats",
+            "negative_options",
+            "objectives",
+            "options",
+            "pictures_once",
+            "prefix_layout",
+            "probe_measures",
+            "probe_options",
+        }
     ),
     frozenset(
         {

@@ -6,7 +6,6 @@ log-probability of each rejected response is shifted so that the difference the 
 comes from the same forward pass, so cooling costs no extra pass through the model.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -41,7 +40,7 @@ from .paper import PAPER
 from .probes import add_configured_probes
 from .reference_cache import COLUMNS, ReferenceCache
 from .run_state import RunState
-from .shared_prefix import SharedPrefix, trainer_obstacle
+from .shared_prefix import SharesPrefixes
 from .upstream import reference
 from .upstream.resuming import FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
@@ -53,7 +52,7 @@ EASY_WEIGHT = 0.1
 EXTREMES = {"cooling/weight_min": min, "cooling/weight_max": max}
 
 
-class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
+class CWDPOTrainer(SharesPrefixes, FinishedRunStaysFinished, DPOTrainer):
     r"""
     Trainer for Cooling-Weighted DPO, stage 2 of *Learning Dynamics of VLM Finetuning*
     ([arXiv 2510.11978](https://huggingface.co/papers/2510.11978)).
@@ -156,7 +155,9 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
         prepare_for_sharding(upstream.inner_model(self))
         if data_collator is None:
             drop_overlong_pairs(self)
-        self.data_collator = PreferenceCollator(self.data_collator, args.max_length)
+        self.data_collator = PreferenceCollator(
+            self.data_collator, args.max_length, pictures_once=data_collator is None
+        )
         self.add_callback(RunState())
         # Sequence log-probabilities of the last loss, to name the rows behind a loss that is not finite
         self._last_logps: torch.Tensor | None = None
@@ -307,13 +308,6 @@ class CWDPOTrainer(FinishedRunStaysFinished, DPOTrainer):
     @property
     def _mode(self) -> objectives.CoolingMode:
         return cast(objectives.CoolingMode, self.args.cooling_mode)
-
-    @functools.cached_property
-    def _shared_prefix(self) -> SharedPrefix:
-        option = self.args.share_prefix or False
-        if self.args.cooling_mode == "off" and option == "auto":
-            option = False  # plain DPO, bit for bit
-        return SharedPrefix(self.accelerator, option, trainer_obstacle(self))
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """As [`~trl.DPOTrainer`]."""

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from .pictures_once import MARK, TEXT_TENSORS, PicturesOnce, is_of_pictures
+
 logger = logging.getLogger(__name__)
 
 AnyDatasets: TypeAlias = (
@@ -21,8 +23,6 @@ AnyDatasets: TypeAlias = (
 
 REQUIRED_COLUMNS = ("chosen", "rejected")
 ROWS_SHOWN = 5
-# What a collator returns with one column a token; everything else belongs to the pictures
-TEXT_TENSORS = {"input_ids", "attention_mask", "completion_mask", "labels", "token_type_ids", "mm_token_type_ids"}
 EXCERPT_LENGTH = 80
 
 
@@ -245,7 +245,8 @@ def one_side(
 
     Args:
         inputs (`dict` of tensors with `2B` rows):
-            Batch of a preference collator. Pictures are there twice, so half of their rows or patches belong to it.
+            Batch of a preference collator. Pictures are there twice, so half of their rows or patches belong to it,
+            unless `pictures_once` says otherwise.
         side (`str`):
             `"chosen"` or `"rejected"`.
         trim_to_multiple_of (`int`, *optional*):
@@ -255,7 +256,12 @@ def one_side(
         `dict` of tensors with `B` rows.
     """
     index = ("chosen", "rejected").index(side)
-    half = {key: value.chunk(2)[index] if torch.is_tensor(value) else value for key, value in inputs.items()}
+    once = {key for key in inputs if is_of_pictures(key)} if MARK in inputs else set()
+    half = {
+        key: value.chunk(2)[index] if torch.is_tensor(value) and key not in once else value
+        for key, value in inputs.items()
+        if key != MARK
+    }
     if trim_to_multiple_of is not None:
         used = int(half["attention_mask"].any(dim=0).nonzero().max()) + 1
         used = -(-used // trim_to_multiple_of) * trim_to_multiple_of
@@ -279,6 +285,8 @@ class PreferenceCollator:
             Whether to add `labels` that cover the chosen responses only.
         chosen_only (`bool`, *optional*, defaults to `False`):
             Whether to keep only the chosen half, as `SFTTrainer` would collate it.
+        pictures_once (`bool`, *optional*, defaults to `False`):
+            Whether to change `collator`, one of TRL's, so that it processes and returns pictures once for each pair.
     """
 
     def __init__(
@@ -288,7 +296,10 @@ class PreferenceCollator:
         *,
         chosen_labels: bool = False,
         chosen_only: bool = False,
+        pictures_once: bool = False,
     ) -> None:
+        if pictures_once and hasattr(collator, "processor"):
+            collator.processor = PicturesOnce(collator.processor)
         self.collator = collator
         self.max_length = max_length
         self.chosen_labels = chosen_labels

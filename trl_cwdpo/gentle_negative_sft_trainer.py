@@ -5,7 +5,6 @@ pass covers both responses; its chosen half is handed to TRL's own loss, which n
 ever. With `negative_weight=0` the rejected half is not computed at all.
 """
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
 from .probes import add_configured_probes
 from .run_state import RunState
-from .shared_prefix import SharedPrefix, trainer_obstacle
+from .shared_prefix import SharesPrefixes
 from .upstream.resuming import FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
 
@@ -46,7 +45,7 @@ logger = logging.getLogger(__name__)
 CALIBRATION_SIZE = 256
 
 
-class GentleNegativeSFTTrainer(FinishedRunStaysFinished, SFTTrainer):
+class GentleNegativeSFTTrainer(SharesPrefixes, FinishedRunStaysFinished, SFTTrainer):
     r"""
     Trainer for stage 1 of *Learning Dynamics of VLM Finetuning* ([arXiv
     2510.11978](https://huggingface.co/papers/2510.11978)): supervised finetuning with gentle negatives.
@@ -137,6 +136,7 @@ class GentleNegativeSFTTrainer(FinishedRunStaysFinished, SFTTrainer):
             args.max_length,
             chosen_labels=True,
             chosen_only=not args.uses_negatives,
+            pictures_once=data_collator is None,
         )
         self._smooths = (
             args.uses_negatives and args.negative_loss_type == "smoothed" and args.negative_label_smoothing > 0
@@ -327,10 +327,6 @@ class GentleNegativeSFTTrainer(FinishedRunStaysFinished, SFTTrainer):
             kwargs["gap_labels"] = gap_labels
         run = model if one_sided else self._shared_prefix.stand_in(model)
         return run(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
-
-    @functools.cached_property
-    def _shared_prefix(self) -> SharedPrefix:
-        return SharedPrefix(self.accelerator, self.args.share_prefix or False, trainer_obstacle(self))
 
     def _negative_loss(
         self,

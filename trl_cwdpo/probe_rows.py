@@ -19,7 +19,8 @@ import torch
 from datasets import Dataset
 from transformers import ProcessorMixin
 
-from .data import TEXT_TENSORS, one_side, pair_problem, with_image_list
+from .data import one_side, pair_problem, with_image_list
+from .pictures_once import TEXT_TENSORS
 from .probe_examples import ProbeExample, make_example
 from .upstream import preference_collator, prepare_preference_dataset
 

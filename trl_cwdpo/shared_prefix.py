@@ -9,7 +9,9 @@ forward pass, so that losses and metrics do not know the difference.
 eval mode and without gradients; where they disagree, or a model cannot be run so, every batch takes the usual way.
 """
 
+import functools
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +21,10 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from . import upstream
-from .data import TEXT_TENSORS
+from .pictures_once import TEXT_TENSORS, with_pictures_twice
 from .prefix_layout import PrefixLayout, find_layout
 from .preserved import evaluation_mode, preserved_random_state
+from .upstream import picture_features as features_of
 from .upstream import shared_prefix as internals
 
 logger = logging.getLogger(__name__)
@@ -30,11 +33,80 @@ logger = logging.getLogger(__name__)
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # Estimated relative cost from which "auto" takes the usual way
 WORTHWHILE = 0.97
+# Values of `DistributedType` under which weights are whole within forward passes only
+SHARDING = {"FSDP", "DEEPSPEED", "MEGATRON_LM"}
 LABELS = ("labels", "gap_labels")
 
 
 class SharedPrefixError(ValueError):
     """`share_prefix=True`, and the model cannot be run so."""
+
+
+class SharesPrefixes:
+    """Mixin of the trainers: how they run pairs, and how batches reach them."""
+
+    @functools.cached_property
+    def _shared_prefix(self) -> "SharedPrefix":
+        trainer: Any = self
+        option = trainer.args.share_prefix or False
+        if option == "auto" and getattr(trainer.args, "cooling_mode", None) == "off":
+            option = False  # plain DPO, bit for bit
+        return SharedPrefix(trainer.accelerator, option, trainer_obstacle(trainer))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        trainer: Any = super()
+        return with_pictures_twice(trainer._prepare_inputs(inputs))
+
+
+class PictureFeatures:
+    """
+    Features of the pictures of the batch at hand, for policy and reference alike where neither trains their modules.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            The trainer's. Where it shards weights, every forward pass computes its own features.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._is_sharded = accelerator.distributed_type.value in SHARDING
+        self._of: tuple[weakref.ref[torch.Tensor], weakref.ref[Any], Any] | None = None
+        self._same: dict[tuple[int, int], bool] = {}
+
+    def put_into(self, model: Any, rows: dict[str, Any], pixel_values: torch.Tensor) -> None:  # noqa: ANN401
+        """
+        Replace pictures by their features where these are the same for policy and reference.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                Model without wrappers.
+            rows (`dict`):
+                Arguments of its forward pass, changed in place.
+            pixel_values (`torch.Tensor`):
+                The batch's own tensor, by which its second use is recognised.
+        """
+        if self._is_sharded or not features_of.takes_features(model) or not features_of.are_fixed(model):
+            return
+        features = self._known(model, pixel_values)
+        if features is None:
+            with self.accelerator.autocast():
+                features = features_of.picture_features(model, rows)
+            self._of = weakref.ref(pixel_values), weakref.ref(model), features
+        del rows["pixel_values"]
+        rows["mm_encoder_outputs"] = {"image": features}
+
+    def _known(self, model: Any, pixel_values: torch.Tensor) -> Any:  # noqa: ANN401 (as above)
+        if self._of is None or self._of[0]() is not pixel_values:
+            return None
+        encoder: Any = self._of[1]()
+        features = self._of[2]
+        if encoder is not model:
+            pair = (id(encoder), id(model))
+            if pair not in self._same:
+                self._same[pair] = features_of.same_weights(encoder, model)
+            if not self._same[pair]:
+                return None
+        return features
 
 
 class SharedPrefix:
@@ -57,6 +129,7 @@ class SharedPrefix:
         self.verdicts: dict[int, str | None] = {}
         self._told: set[str] = set()
         self._obstacle = obstacle
+        self._features = PictureFeatures(accelerator)
         if option:
             internals.register_split_attention()
 
@@ -110,7 +183,7 @@ class SharedPrefix:
             return model(**kwargs)  # another process could not compare yet
         if self.option == "auto" and relative_cost(inner, layout) > WORTHWHILE:
             return model(**kwargs)
-        return run_rows(model, layout, kwargs)
+        return run_rows(model, layout, kwargs, self._features)
 
     def _verify(self, model: nn.Module, kwargs: dict[str, Any], layout: PrefixLayout | str) -> None:
         # Sharded models wait for one another: every rank makes the same forwards, and all come to the same verdict
@@ -143,7 +216,7 @@ class SharedPrefix:
                 model(**kwargs)
                 return None, False
             try:
-                shared = upstream.per_token_logps(run_rows(model, layout, kwargs))
+                shared = upstream.per_token_logps(run_rows(model, layout, kwargs, self._features))
             except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
                 text = str(error).splitlines()[0] if str(error) else ""
                 return f"a model of the class {type(upstream.unwrapped(model)).__name__} fails: {text}", True
@@ -256,7 +329,9 @@ def relative_cost(model: Any, layout: PrefixLayout) -> float:  # noqa: ANN401 (a
     return layout.relative_cost(hidden, getattr(config, "intermediate_size", None) or 4 * hidden, head)
 
 
-def run_rows(model: nn.Module, layout: PrefixLayout, kwargs: dict[str, Any]) -> upstream.FusedCausalLMOutput:
+def run_rows(
+    model: nn.Module, layout: PrefixLayout, kwargs: dict[str, Any], features: PictureFeatures | None = None
+) -> upstream.FusedCausalLMOutput:
     """
     A fused forward pass with one row for each pair.
 
@@ -267,6 +342,8 @@ def run_rows(model: nn.Module, layout: PrefixLayout, kwargs: dict[str, Any]) -> 
             Layout of the batch.
         kwargs (`dict`):
             Arguments of the usual forward pass.
+        features ([`PictureFeatures`], *optional*):
+            Keeps the features of the batch's pictures.
 
     Returns:
         [`FusedCausalLMOutput`], as the usual forward pass returns it.
@@ -287,6 +364,8 @@ def run_rows(model: nn.Module, layout: PrefixLayout, kwargs: dict[str, Any]) -> 
     }
     rows["position_ids"] = layout.positions(internals.multi_axis_positions(inner, chosen))
     rows["attention_mask"] = attention_mask(inner, layout)
+    if features is not None and "pixel_values" in kwargs:
+        features.put_into(inner, rows, kwargs["pixel_values"])
     with internals.scored_places(inner, layout.scored_index()):
         outputs = model(**rows)
     return internals.map_per_token(outputs, layout.restore)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trl_cwdpo.data import TEXT_TENSORS
+from trl_cwdpo.pictures_once import TEXT_TENSORS
 
 # What stands at a token in each per-token tensor, 0 elsewhere; `None`: the token itself
 COMPLETION_FILL: dict[str, int | None] = {"input_ids": None, "attention_mask": 1, "completion_mask": 1}
