@@ -44,11 +44,16 @@ class TestTokenStatistics:
         divergence = 0.5 * (0.7 * math.log(7 / 6) + 0.2 * math.log(2 / 3))
         divergence += 0.5 * (0.5 * math.log(5 / 6) + 0.4 * math.log(4 / 3))
         assert found.jensen_shannon.tolist() == pytest.approx([math.sqrt(divergence / math.log(2)), 0.0], abs=1e-7)
+        # .7 ln(.7/.5) + .2 ln(.2/.4)
+        assert found.kullback_leibler.tolist() == pytest.approx(
+            [0.7 * math.log(1.4) - 0.2 * math.log(2), 0.0], abs=1e-9
+        )
 
     def test_without_a_reference_there_are_no_distances(self):
         found = token_statistics(P.log(), TARGETS, IDENTITY)
         assert found.total_variation is None
         assert found.jensen_shannon is None
+        assert found.kullback_leibler is None
 
     @pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
     @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -93,6 +98,8 @@ class TestTokenStatistics:
         assert found.entropy.item() == 0.0
         assert found.total_variation.item() == pytest.approx(1.0)
         assert found.jensen_shannon.item() == pytest.approx(1.0)
+        # All of p's mass where log q = −2·10⁴
+        assert found.kullback_leibler.item() == pytest.approx(2e4, rel=1e-2)
         assert math.isfinite(found.logp.item())
 
     def test_distances_are_symmetric(self):

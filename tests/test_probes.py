@@ -326,7 +326,7 @@ class TestCallback:
         logged = [entry for entry in trainer.state.log_history if "probe/ece" in entry]
         assert [entry["step"] for entry in logged] == [0, 2, 3]
         expected = {"squeezing_index", "displacement", "loser_share", "ece", "brier", "entropy", "top1_mass", "tv"}
-        expected |= {"js", "grad_spikes", "accuracy"}
+        expected |= {"js", "kl", "grad_spikes", "accuracy"}
         expected |= {f"{family}/{kind}" for family in FAMILIES for kind in ("avg_logp", "delta0", "delta_prev")}
         assert {name for name in logged[-1] if name.startswith("probe/")} == {f"probe/{name}" for name in expected}
         assert all(math.isfinite(value) for value in logged[-1].values())

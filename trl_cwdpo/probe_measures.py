@@ -76,6 +76,8 @@ class TokenStatistics:
             ½ Σ |p − q|, in [0, 1]; given a reference.
         jensen_shannon (`torch.Tensor`, *optional*):
             Jensen-Shannon distance √JSD with logarithms to base 2, in [0, 1]; given a reference.
+        kullback_leibler (`torch.Tensor`, *optional*):
+            KL(p ‖ q) = Σ p (log p − log q), nats; given a reference.
     """
 
     logp: torch.Tensor
@@ -85,6 +87,7 @@ class TokenStatistics:
     argmax: torch.Tensor
     total_variation: torch.Tensor | None = None
     jensen_shannon: torch.Tensor | None = None
+    kullback_leibler: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -132,9 +135,12 @@ def token_statistics(
 def _statistics_of_chunk(log_p: torch.Tensor, targets: torch.Tensor, log_q: torch.Tensor | None) -> TokenStatistics:
     p = log_p.exp()
     top1_logp, argmax = log_p.max(dim=-1)
-    total_variation = jensen_shannon = None
+    total_variation = jensen_shannon = kullback_leibler = None
     if log_q is not None:
-        total_variation, jensen_shannon = distances(log_p, log_q.to(log_p))
+        log_q = log_q.to(log_p)
+        total_variation, jensen_shannon = distances(log_p, log_q)
+        # Rounding may leave equal distributions slightly below zero
+        kullback_leibler = _divergence_terms(p, log_p, log_q).sum(dim=-1).clamp(min=0.0)
     return TokenStatistics(
         logp=log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1),
         # A probability that rounds to zero has a finite logarithm here, except behind a mask of -inf
@@ -144,6 +150,7 @@ def _statistics_of_chunk(log_p: torch.Tensor, targets: torch.Tensor, log_q: torc
         argmax=argmax,
         total_variation=total_variation,
         jensen_shannon=jensen_shannon,
+        kullback_leibler=kullback_leibler,
     )
 
 

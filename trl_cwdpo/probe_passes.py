@@ -90,8 +90,8 @@ class Passes:
         Returns:
             `list[dict]`: For each row its `position` and, by family, `length` (tokens) and the sums over tokens of
             `logp` (nats), `brier` and, given a reference, `reference` (its log p, nats). For `chosen` also of
-            `argmax` (log-probability of the greedy token), `entropy`, `total_variation` and `jensen_shannon`, and the
-            lists `confidence` and `correct`, one entry a token.
+            `argmax` (log-probability of the greedy token), `entropy`, `total_variation`, `jensen_shannon` and
+            `kullback_leibler`, and the lists `confidence` and `correct`, one entry a token.
         """
         accelerator, count = self.accelerator, len(self.rows)
         rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -153,6 +153,7 @@ def _by_row(
             "entropy": statistics.entropy,
             "total_variation": statistics.total_variation,
             "jensen_shannon": statistics.jensen_shannon,
+            "kullback_leibler": statistics.kullback_leibler,
         }
     cut = {
         name: [part.sum().item() for part in column.double().cpu().split(lengths)]

@@ -99,6 +99,8 @@ class ProbeRecord:
             To the reference, mean over the chosen tokens.
         jensen_shannon (`float`, *optional*):
             Distance to the reference (base 2), mean over the chosen tokens.
+        kullback_leibler (`float`, *optional*):
+            KL of the policy from the reference, mean over the chosen tokens, nats.
         loser_share (`float`, *optional*):
             Mean share of the rejected side in a pair's push.
         saturated_fraction (`float`, *optional*):
@@ -139,6 +141,7 @@ class ProbeRecord:
     displacement: bool | None = None
     total_variation: float | None = None
     jensen_shannon: float | None = None
+    kullback_leibler: float | None = None
     loser_share: float | None = None
     saturated_fraction: float | None = None
     weight: float | None = None
@@ -204,6 +207,7 @@ class ProbeRecord:
             "probe/top1_mass": self.top1_mass,
             "probe/tv": self.total_variation,
             "probe/js": self.jensen_shannon,
+            "probe/kl": self.kullback_leibler,
             "probe/grad_spikes": None if self.grad_spikes is None else float(self.grad_spikes),
         }
         return {name: value for name, value in values.items() if value is not None}

@@ -125,6 +125,7 @@ def summarise(
         displacement=displaced,
         total_variation=mean("total_variation"),
         jensen_shannon=mean("jensen_shannon"),
+        kullback_leibler=mean("kullback_leibler"),
         **pair_values,
     )
 

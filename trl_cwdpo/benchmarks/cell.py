@@ -239,6 +239,7 @@ class Runner:
                 "accuracy": sum(margin > 0 for margin in record["row_margins"]) / record["num_rows"],
                 "tv": record["total_variation"],
                 "js": record["jensen_shannon"],
+                "kl": record["kullback_leibler"],
                 "chosen_avg_logp": record["families"]["chosen"]["avg_logp"]["mean"],
                 "rejected_avg_logp": record["families"]["rejected"]["avg_logp"]["mean"],
                 **self.task.measure(model, processor, rows, responses),
