@@ -204,10 +204,8 @@ def report(settings: argparse.Namespace) -> None:
     """Print the results as a table in Markdown."""
     results = known(settings.output / "results.jsonl")
     seeds = sorted({seed for arm, seed in results if arm == STAGE1})
-    print(
-        "| arm | attribute accuracy | against stage 1 | against dataset negatives | exact | win rate against stage 1 |"
-    )
-    print("|---|---|---|---|---|---|")
+    print("| arm | seeds | attribute accuracy | against stage 1 | against dataset negatives | exact | win rate |")
+    print("|---|---|---|---|---|---|---|")
     for arm in (BASE, STAGE1, *ARMS):
         there = [seed for seed in seeds if (arm, seed) in results]
         if not there:
@@ -227,7 +225,7 @@ def report(settings: argparse.Namespace) -> None:
             if ("CW-DPO, dataset negatives", seed) in results
         ]
         against = interval(paired) if paired else ""
-        print(f"| {arm} | {mean:.4f} | {change} | {against} | {exact:.3f} | {wins:.3f} |")
+        print(f"| {arm} | {len(there)} | {mean:.4f} | {change} | {against} | {exact:.3f} | {wins:.3f} |")
     print(f"\n{len(seeds)} seeds: {seeds}")
 
 
@@ -237,8 +235,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/on_policy"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS))
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--learning_rate", type=float, default=3e-5)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--report", action="store_true", help="print the table of what is there and run nothing")
     settings = parser.parse_args()
