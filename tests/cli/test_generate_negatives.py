@@ -18,6 +18,7 @@ from datasets import Dataset, load_dataset
 from trl_cwdpo.cli import main
 from trl_cwdpo.cli.generate_endpoint import Pace
 from trl_cwdpo.cli.generation_journal import DATA, JOURNAL, SUMMARY
+from trl_cwdpo.loading import load_preference_dataset
 
 KEY = "sk-secret-4711"
 
@@ -35,7 +36,10 @@ def generate(*words):
 
 
 def rows_of(folder):
-    return load_dataset("parquet", data_files=str(Path(folder) / DATA), split="train")
+    """The new dataset as users load it, with this package's loader and with `datasets`."""
+    rows = load_preference_dataset(str(folder), columns="auto")["train"]
+    assert len(load_dataset(str(folder), split="train")) == len(rows)
+    return rows
 
 
 def policy(data, model, output, *words):
@@ -204,7 +208,7 @@ def test_endpoint_edits_chosen_responses_and_keeps_the_key_to_itself(data, serve
         assert row["distance"] == pytest.approx(1 / len(chosen))
     assert {authorization for authorization, _, _ in server.requests} == {f"Bearer {KEY}"}
     shown = capsys.readouterr()
-    written = "".join(path.read_text(errors="replace") for path in output.iterdir())
+    written = "".join(path.read_text(errors="replace") for path in output.rglob("*") if path.is_file())
     assert KEY not in shown.out + shown.err + written
 
 

@@ -9,13 +9,15 @@ from datasets import Dataset, Features, List, Value
 
 from trl_cwdpo.cli.errors import CommandError
 
-JOURNAL, DATA, SUMMARY = "journal.jsonl", "train.parquet", "generation.json"
+DATA = "train.parquet"
+# In a hidden folder, so that whoever loads the dataset does not take them for tables
+JOURNAL, SUMMARY = ".generation/journal.jsonl", ".generation/summary.json"
 SAMPLES = List({"text": Value("string"), "avg_logp": Value("float64"), "reward": Value("float64")})
 
 
 class Journal:
     """
-    Results by row, appended to `journal.jsonl` as they come.
+    Results by row, appended to a file as they come.
 
     Args:
         folder (`Path`):
@@ -31,7 +33,7 @@ class Journal:
         self.folder, self.settings = folder, settings
         self.path = folder / JOURNAL
         self.entries: dict[int, dict[str, Any]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             self._write([{"settings": settings}])
             return
@@ -77,7 +79,7 @@ class Journal:
         """
         entries = [self.entries[row] for row in range(len(dataset))]
         replaced = with_responses_of(dataset, entries)
-        aside = self.folder / f"{DATA}.partial"
+        aside = self.path.with_name(f"{DATA}.partial")
         replaced.to_parquet(str(aside))
         aside.replace(self.folder / DATA)
         counts: dict[str, int] = {}
