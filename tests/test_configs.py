@@ -62,7 +62,13 @@ NEGATIVE_DEFAULTS = {
     "use_vllm": False,
     "vllm_mode": "colocate",
 }
-PROBE_DEFAULTS = {"probe_dataset_size": 64, "probe_steps": 50, "probe_families": None}
+PROBE_DEFAULTS = {
+    "probe_dataset_size": 64,
+    "probe_steps": 50,
+    "probe_families": None,
+    "probe_early_stopping": False,
+    "probe_restore_best": True,
+}
 
 # --- defaults and documentation --------------------------------------------------------------------------------------
 
@@ -190,6 +196,7 @@ def test_cwdpo_refuses_with_option_value_and_fix(options, parts):
         ({"probe_steps": -1}, ["`probe_steps`", "at least 0", "-1"]),
         ({"probe_families": ["chosen", "chosn"]}, ["`probe_families`", "['chosn']", "'mismatched'"]),
         ({"probe_families": []}, ["`probe_families`", "no response family"]),
+        ({"probe_early_stopping": True, "probe_steps": 0}, ["`probe_early_stopping=True`", "`probe_steps=0`"]),
     ],
 )
 def test_probe_options_are_refused_with_option_value_and_fix(make, options, parts):
@@ -384,7 +391,6 @@ def test_without_flags_the_parsed_config_is_the_default_one(config, parent):
         assert_number_or_auto(getattr(parsed, field.name), getattr(default, field.name))
 
 
-PROBE_VALUES = {"probe_dataset_size": 16, "probe_steps": 10, "probe_families": ["chosen", "argmax"]}
 NEGATIVE_VALUES = {
     # Less would not go with stored references
     "dataset_negative_fraction": 1.0,
@@ -414,6 +420,13 @@ NEGATIVE_VALUES = {
     "vllm_gpu_memory_utilization": 0.5,
     "vllm_max_model_length": 4096,
     "vllm_tensor_parallel_size": 2,
+}
+PROBE_VALUES = {
+    "probe_dataset_size": 16,
+    "probe_steps": 10,
+    "probe_families": ["chosen", "argmax"],
+    "probe_early_stopping": True,
+    "probe_restore_best": False,
 }
 CWDPO_VALUES = {
     **PROBE_VALUES,

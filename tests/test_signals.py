@@ -62,11 +62,15 @@ class TestFlags:
     def test_not_raised(self, name, values):
         assert raised_flags([FIRST, record(10, **{**CALM, **values})]) == {}
 
-    def test_squeezing_needs_both(self):
-        rising = record(5, squeezing_index=around(0.5), top1_mass=0.6)
+    def test_squeezing_needs_all_three(self):
+        rising = record(5, squeezing_index=around(0.5), top1_mass=0.6, argmax=0.3)
         assert "0.5 [0.49, 0.51]" in raised_flags([FIRST, rising])["squeezing"]
-        assert raised_flags([FIRST, record(5, squeezing_index=around(0.5), top1_mass=0.5)]) == {}
-        assert raised_flags([FIRST, record(5, squeezing_index=around(0.5, 0.6), top1_mass=0.6)]) == {}
+        assert "greedy tokens up by 0.3" in raised_flags([FIRST, rising])["squeezing"]
+        assert raised_flags([FIRST, record(5, squeezing_index=around(0.5), top1_mass=0.5, argmax=0.3)]) == {}
+        assert raised_flags([FIRST, record(5, squeezing_index=around(0.5, 0.6), top1_mass=0.6, argmax=0.3)]) == {}
+        # The greedy tokens themselves must rise: that the rejected responses fall is what training is for
+        assert raised_flags([FIRST, record(5, squeezing_index=around(0.5), top1_mass=0.6, argmax=0.02)]) == {}
+        assert raised_flags([FIRST, record(5, squeezing_index=around(0.5), top1_mass=0.6, argmax=None)]) == {}
 
     def test_a_saturated_run_that_still_grows_is_none(self):
         before, now = record(5, margin=1.0), record(6, saturated_fraction=0.95, margin=1.02)
@@ -110,7 +114,7 @@ class TestEarlyStop:
         assert not early_stop(records, SignalThresholds(patience=1, total_variation=0.4)).stop
 
     def test_squeezing_alone_does_not_stop(self):
-        records = [FIRST, *(record(i, squeezing_index=around(0.5), top1_mass=0.6) for i in (1, 2, 3))]
+        records = [FIRST, *(record(i, squeezing_index=around(0.5), top1_mass=0.6, argmax=0.3) for i in (1, 2, 3))]
         assert early_stop(records) == dataclasses.replace(early_stop(records), stop=False, reasons=(), best_step=0)
 
     def test_best_is_the_largest_margin_without_a_flag(self):
@@ -202,6 +206,18 @@ class TestDiagnosis:
         found = diagnose(record(40, chosen=chosen, hard=hard, easy=easy, argmax=argmax, weight=other))
         assert found.name == "unclear"
 
+    @pytest.mark.parametrize("change", [{"chosen": 0.0}, {"easy": -0.3}, {"weight": 0.9}, {"weight": None}])
+    def test_what_is_healthy_too(self, change):
+        chosen, hard, easy, argmax, weight = ROWS["healthy"]
+        values = {"chosen": chosen, "hard": hard, "easy": easy, "argmax": argmax, "weight": weight, **change}
+        assert diagnose(record(4, **values)).name == "healthy"
+
+    def test_chosen_without_room_to_rise_do_not_hide_easy_negatives(self):
+        _, hard, easy, argmax, weight = ROWS["easy negatives dominate"]
+        for gained in (hard, hard + 0.1):
+            values = record(4, chosen=0.0, hard=gained, easy=easy, argmax=argmax, weight=weight)
+            assert diagnose(values).name == "easy negatives dominate"
+
     def test_squeezing_at_any_weight(self):
         chosen, hard, easy, argmax, _ = ROWS["squeezing"]
         for weight in (0.05, 0.9, None):
@@ -212,6 +228,14 @@ class TestDiagnosis:
         chosen, hard, easy, argmax, weight = ROWS["healthy"]
         wide = record(4, chosen=chosen, hard=hard, easy=easy, argmax=argmax, weight=weight, half=0.25)
         assert diagnose(wide).name == "unclear"
+
+    def test_small_is_relative_to_the_familys_first_likelihood(self):
+        chosen, hard, easy, argmax, weight = ROWS["cooled out"]
+        # The families start at -2 nats per token, of which 3 % are 0.06
+        for change, name in ((0.059, "cooled out"), (0.061, "unclear")):
+            values = record(4, chosen=chosen, hard=hard + change, easy=easy, argmax=argmax, weight=weight)
+            assert diagnose(values).name == name
+        assert diagnose(values, SignalThresholds(relative_flat=0.04)).name == "cooled out"
 
     def test_a_missing_family_fits_any_only(self):
         swapped = record(4, chosen=-0.3, hard=0.2, easy=None, argmax=None, weight=0.9)
@@ -226,7 +250,7 @@ class TestDiagnosis:
         assert diagnose(values, SignalThresholds(flat=0.4)).name == "unclear"
 
 
-@pytest.mark.parametrize("values", [{"patience": 0}, {"flat": 1.0}, {"low_weight": 0.9}])
+@pytest.mark.parametrize("values", [{"patience": 0}, {"flat": 1.0}, {"low_weight": 0.9}, {"relative_flat": -0.1}])
 def test_numbers_that_contradict_each_other_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         SignalThresholds(**values)

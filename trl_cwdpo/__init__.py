@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from trl_cwdpo._version import __version__
 
 if TYPE_CHECKING:
+    from trl_cwdpo.callbacks import ProbeEarlyStoppingCallback
     from trl_cwdpo.cwdpo_config import CWDPOConfig
     from trl_cwdpo.cwdpo_trainer import CWDPOTrainer
     from trl_cwdpo.gentle_negative_sft_config import GentleNegativeSFTConfig
@@ -22,6 +23,7 @@ __all__ = [
     "DeltaLogpProbeCallback",
     "GentleNegativeSFTConfig",
     "GentleNegativeSFTTrainer",
+    "ProbeEarlyStoppingCallback",
     "__version__",
 ]
 
@@ -32,6 +34,7 @@ _LAZY_NAMES = {
     "DeltaLogpProbeCallback": "trl_cwdpo.probes",
     "GentleNegativeSFTConfig": "trl_cwdpo.gentle_negative_sft_config",
     "GentleNegativeSFTTrainer": "trl_cwdpo.gentle_negative_sft_trainer",
+    "ProbeEarlyStoppingCallback": "trl_cwdpo.callbacks",
 }
 
 

@@ -35,6 +35,11 @@ class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
             data there are none.
         probe_families (`list[str]`, *optional*):
             Response families to probe; all by default, `chosen` and `rejected` in any case.
+        probe_early_stopping (`bool`, *optional*, defaults to `False`):
+            Whether the run stops when its probes say that it does harm or nothing any more, and keeps the best
+            checkpoint, see [`ProbeEarlyStoppingCallback`].
+        probe_restore_best (`bool`, *optional*, defaults to `True`):
+            Whether a run with `probe_early_stopping` ends with the weights of its best checkpoint.
         cooling_mode (`str`, *optional*, defaults to `"loss"`):
             What the cooling weight w of a rejected response acts on. `"loss"` (the paper): the log-ratio of the
             rejected response in the loss is multiplied by w. `"gate"`: the loss keeps DPO's value and the gradient of

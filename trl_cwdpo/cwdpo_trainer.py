@@ -28,6 +28,7 @@ from trl import DPOTrainer
 
 from . import objectives, upstream
 from .calibration import CoolingCalibration, calibrate
+from .callbacks import add_configured_callbacks
 from .cwdpo_config import CWDPOConfig
 from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits
 from .faults import stop_if_not_finite
@@ -37,7 +38,6 @@ from .negative_options import check_fraction
 from .negatives.refresh import RowKeepingCollator
 from .negatives.wiring import build_negatives, check_can_sample
 from .paper import PAPER
-from .probes import add_configured_probes
 from .reference_cache import COLUMNS, ReferenceCache
 from .run_state import RunState
 from .shared_prefix import SharesPrefixes
@@ -164,7 +164,7 @@ class CWDPOTrainer(SharesPrefixes, FinishedRunStaysFinished, DPOTrainer):
         self._amplification_checked = False
         self._negatives = build_negatives(self, negative_reward_funcs)
         self.reference_cache = self._fill_reference_cache(custom_collator=data_collator is not None)
-        add_configured_probes(self)
+        add_configured_callbacks(self)
 
     # --- the order of rows ------------------------------------------------------------------------------------------
 

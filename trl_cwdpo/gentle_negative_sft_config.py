@@ -31,6 +31,11 @@ class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
             data there are none.
         probe_families (`list[str]`, *optional*):
             Response families to probe; all by default, `chosen` and `rejected` in any case.
+        probe_early_stopping (`bool`, *optional*, defaults to `False`):
+            Whether the run stops when its probes say that it does harm or nothing any more, and keeps the best
+            checkpoint, see [`ProbeEarlyStoppingCallback`].
+        probe_restore_best (`bool`, *optional*, defaults to `True`):
+            Whether a run with `probe_early_stopping` ends with the weights of its best checkpoint.
         negative_loss_type (`str`, *optional*, defaults to `"smoothed"`):
             What the rejected responses add to the loss. `"smoothed"` (the paper's abstract): their label-smoothed
             negative log-likelihood at a low weight, which keeps them from vanishing. `"hinge"` (the formula in the

@@ -27,6 +27,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
 from . import objectives, upstream
+from .callbacks import add_configured_callbacks
 from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits, one_side
 from .faults import stop_if_not_finite
 from .gentle_negative_sft_config import GentleNegativeSFTConfig
@@ -34,7 +35,6 @@ from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
 from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
-from .probes import add_configured_probes
 from .run_state import RunState
 from .shared_prefix import SharesPrefixes
 from .upstream.resuming import FinishedRunStaysFinished
@@ -147,7 +147,7 @@ class GentleNegativeSFTTrainer(SharesPrefixes, FinishedRunStaysFinished, SFTTrai
         # Of the global batch of the current step: what the term is divided by, and the mean NLL of its rejected tokens
         self._global_count: torch.Tensor | None = None
         self._batch_nll: torch.Tensor | None = None
-        add_configured_probes(self)
+        add_configured_callbacks(self)
 
     def _refuse_sequence_parallelism(self) -> None:
         parallelism = self.accelerator.parallelism_config

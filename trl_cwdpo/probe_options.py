@@ -31,6 +31,10 @@ class ProbeOptions:
             Optimizer steps between two probes; 0 switches them off.
         probe_families (`list[str]`, *optional*):
             Response families; all by default.
+        probe_early_stopping (`bool`, *optional*, defaults to `False`):
+            Whether the run stops when its probes say so.
+        probe_restore_best (`bool`, *optional*, defaults to `True`):
+            Whether a run with `probe_early_stopping` ends with the weights of its best probe.
     """
 
     probe_dataset_size: int = field(
@@ -52,6 +56,18 @@ class ProbeOptions:
         },
     )
 
+    probe_early_stopping: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the run stops when its probes say that it does harm or nothing any more, and keeps the "
+            "best checkpoint. Needs evaluation data."
+        },
+    )
+    probe_restore_best: bool = field(
+        default=True,
+        metadata={"help": "Whether a run with `probe_early_stopping` ends with the weights of its best checkpoint."},
+    )
+
     def _check_probe_options(self) -> None:
         if self.probe_dataset_size < 1:
             raise ValueError(
@@ -62,9 +78,19 @@ class ProbeOptions:
             raise ValueError(f"`probe_steps` must be at least 0 (no probes), got {self.probe_steps}.")
         if self.probe_families is not None:
             check_families("probe_families", self.probe_families)
+        if self.probe_early_stopping and self.probe_steps == 0:
+            raise ValueError(
+                "`probe_early_stopping=True` decides by probes, which `probe_steps=0` switches off. Set `probe_steps` "
+                "to the number of optimizer steps between two."
+            )
 
     @property
     def chosen_probe_options(self) -> dict[str, Any]:
         """The probe options that differ from their defaults, by name: what the user has asked for."""
-        defaults = {"probe_dataset_size": DEFAULT_SIZE, "probe_steps": DEFAULT_STEPS, "probe_families": None}
+        defaults = {
+            "probe_dataset_size": DEFAULT_SIZE,
+            "probe_steps": DEFAULT_STEPS,
+            "probe_families": None,
+            "probe_early_stopping": False,
+        }
         return {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}

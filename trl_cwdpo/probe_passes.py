@@ -26,10 +26,14 @@ class Reference:
             The model without wrappers.
         forward (`Callable`, *optional*):
             Runs the reference on a dictionary of inputs; by default, calls `model`.
+        seen (`dict`, *optional*):
+            What it said of the rows, kept from one probe to the next, where its weights never change; by default it
+            is asked each time. Of the chosen responses the hidden states are kept, in the memory of the host.
     """
 
     model: PreTrainedModel
     forward: Callable[[dict[str, Any]], Any] | None = None
+    seen: dict[Any, Any] | None = None
 
     def run(self, inputs: dict[str, Any]) -> None:
         """Run the reference."""
@@ -102,14 +106,14 @@ class Passes:
             measured: list[dict[str, Any]] = [{"position": position} for position in positions]
             for family in families:
                 inputs = self.prepare_inputs(self.rows.family_inputs(positions, family, prompts))
-                for row, values in zip(measured, self._family(inputs, family), strict=True):
+                for row, values in zip(measured, self._family(inputs, family, tuple(positions)), strict=True):
                     row[family] = values
             found += measured
         if world > 1:
             found = gather_object(found)
         return [row for _, row in sorted({row["position"]: row for row in found}.items())]
 
-    def _family(self, inputs: dict[str, Any], family: str) -> list[dict[str, Any]]:
+    def _family(self, inputs: dict[str, Any], family: str, positions: tuple[int, ...]) -> list[dict[str, Any]]:
         mask = inputs["completion_mask"][:, 1:].bool()
         targets = inputs["input_ids"][:, 1:][mask]
         kwargs = {key: value for key, value in inputs.items() if key != "completion_mask"} | {"use_cache": False}
@@ -125,14 +129,26 @@ class Passes:
 
         reference_logps = None
         if self.reference is not None and family in ("chosen", "rejected"):
-            with upstream.scoring_forward(self.reference.model, score, copy_head=self.sharded):
-                self.reference.run(kwargs)
-            statistics, hidden, head = seen.pop()
-            reference_logps = statistics.logp
-            against = (hidden, head) if family == "chosen" else None
+            known = None if self.reference.seen is None else self.reference.seen.get((family, positions))
+            if known is None:
+                with upstream.scoring_forward(self.reference.model, score, copy_head=self.sharded):
+                    self.reference.run(kwargs)
+                statistics, hidden, head = seen.pop()
+                known = statistics.logp, (hidden, head) if family == "chosen" else None
+                self._remember(known, family, positions)
+            reference_logps, states = known
+            against = None if states is None else (states[0].to(mask.device), states[1])
         with upstream.scoring_forward(self.inner, score):
             self.model(**kwargs)
         return _by_row(seen.pop()[0], mask.sum(dim=1).tolist(), reference_logps, family == "chosen", targets)
+
+    def _remember(self, known: tuple[Any, Any], family: str, positions: tuple[int, ...]) -> None:
+        # The head of a sharded reference is gathered for one forward, and too large to keep
+        reference, (logps, states) = self.reference, known
+        if reference is None or reference.seen is None or (self.sharded and states is not None):
+            return
+        kept = None if states is None else (states[0].cpu(), states[1])
+        reference.seen[family, positions] = (logps.cpu(), kept)
 
 
 def _by_row(

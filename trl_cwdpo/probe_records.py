@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,9 @@ class ProbeRecord:
         saturated_fraction (`float`, *optional*):
             Share of pairs with a′ > 0.9 (a in `"gate"` mode and without cooling).
         weight (`float`, *optional*):
-            Mean cooling weight w.
+            Mean cooling weight w of the rows.
+        trained_weight (`float`, *optional*):
+            Mean cooling weight of the pairs trained on since the probe before, as logged.
         easy_fraction (`float`, *optional*):
             Share of pairs with w < 0.1.
         accuracy (`float`, *optional*):
@@ -145,6 +147,7 @@ class ProbeRecord:
     loser_share: float | None = None
     saturated_fraction: float | None = None
     weight: float | None = None
+    trained_weight: float | None = None
     easy_fraction: float | None = None
     accuracy: float | None = None
     row_margins: tuple[float, ...] = ()
@@ -183,6 +186,16 @@ class ProbeRecord:
         for name in ("entropy", "top1_mass", "brier", "ece", "smooth_ece"):
             values[name] = math.nan if data[name] is None else data[name]
         return cls(**values)
+
+    @property
+    def mean_weight(self) -> float | None:
+        """Mean cooling weight of the pairs trained on or, where that has not been logged, of the rows."""
+        return self.weight if self.trained_weight is None else self.trained_weight
+
+    def without_rows(self) -> "ProbeRecord":
+        """The record without what it says of single rows and bins: all that decisions rest on, and small."""
+        families = {name: replace(family, rows=(), row_avg_logps=()) for name, family in self.families.items()}
+        return replace(self, families=families, row_margins=(), row_weights=(), reliability=())
 
     def delta0(self, family: str) -> Interval | None:
         """Change of a family since the first probe, or `None` where it is not known."""

@@ -102,6 +102,9 @@ class DeltaLogpProbeCallback(TrainerCallback):
     tracker, the records to `probes.jsonl` of the output directory and the rows to `probe_rows.json` beside it. The
     first probe is kept in every checkpoint, so that a resumed run goes on where it was.
 
+    After each probe, every callback of the trainer that has a method `on_probe(args, state, control, *, record,
+    baseline)` is called, on all processes, with the record and that of the first probe.
+
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer that gets the callback.
@@ -156,6 +159,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
             )
         self.baseline: ProbeRecord | None = None
         self.previous: ProbeRecord | None = None
+        self._reference_saw: dict[Any, Any] | None = None
         if not any(isinstance(callback, RunState) for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(RunState())
 
@@ -165,6 +169,8 @@ class DeltaLogpProbeCallback(TrainerCallback):
         """Take up the probes of the checkpoint that is resumed, or probe before the first update."""
         self._check_alone()
         self.baseline = self.previous = None
+        # A reference that follows the policy must be asked each time
+        self._reference_saw = None if getattr(args, "sync_ref_model", False) else {}
         stored = RunState.of(self.trainer).values.get(STATE_KEY) if state.global_step else None
         if stored is not None and stored["digest"] == self.rows.digest:
             self.baseline = ProbeRecord.from_dict(stored["baseline"])
@@ -226,7 +232,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
             trainer.model_wrapped if sharded else trainer.model,
             self.rows,
             families=self.families,
-            reference=_reference(trainer),
+            reference=_reference(trainer, self._reference_saw),
             pair_loss=_pair_loss(trainer),
             baseline=self.baseline,
             previous=self.previous,
@@ -235,7 +241,12 @@ class DeltaLogpProbeCallback(TrainerCallback):
             accelerator=trainer.accelerator,
             prepare_inputs=trainer._prepare_inputs,
         )
-        record = replace(record, epoch=state.epoch, grad_spikes=self._spikes(state))
+        record = replace(
+            record,
+            epoch=state.epoch,
+            grad_spikes=self._spikes(state),
+            trained_weight=_logged_mean(state, "cooling/weight", self.previous),
+        )
         self.previous = record
         self.baseline = self.baseline or record
         RunState.of(trainer).values[STATE_KEY] = {
@@ -250,6 +261,9 @@ class DeltaLogpProbeCallback(TrainerCallback):
         should_log = control.should_log
         Trainer.log(trainer, record.metrics())
         control.should_log = should_log
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "on_probe"):
+                callback.on_probe(trainer.args, state, control, record=record, baseline=self.baseline)
 
     def _spikes(self, state: TrainerState) -> int | None:
         if self.previous is None:
@@ -341,6 +355,16 @@ def add_configured_probes(trainer: Any) -> None:  # noqa: ANN401
         _warn_off(trainer, error)
 
 
+def active_probes(trainer: Any) -> DeltaLogpProbeCallback | None:  # noqa: ANN401 (any transformers trainer)
+    """The callback that probes a trainer's runs: the one that the user has added, or the trainer's own, or none."""
+    found = [
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DeltaLogpProbeCallback)
+    ]
+    mine = (callback for callback in found if not isinstance(callback, ConfiguredProbes))
+    own = (callback for callback in found if isinstance(callback, ConfiguredProbes) and not callback.ended)
+    return next(mine, next(own, None))
+
+
 def _warn_off(trainer: Any, error: Exception) -> None:  # noqa: ANN401
     if trainer.accelerator.is_main_process:
         logger.warning(
@@ -349,6 +373,16 @@ def _warn_off(trainer: Any, error: Exception) -> None:  # noqa: ANN401
             type(error).__name__,
             error,
         )
+
+
+def _logged_mean(state: TrainerState, name: str, previous: ProbeRecord | None) -> float | None:
+    if previous is None:
+        return None
+    logged = [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
+    # What is logged at the step of a probe comes after it, and is about the steps before: the second best
+    values = [value for step, value in logged if step > previous.step]
+    values = values or [value for step, value in logged if step == previous.step]
+    return sum(values) / len(values) if values else None
 
 
 def _held_out(trainer: Any, dataset: Any) -> Any:  # noqa: ANN401
@@ -370,7 +404,7 @@ def _described(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
     return {"trainer": type(trainer).__name__, "options": json.loads(json.dumps(plain, default=str))}
 
 
-def _reference(trainer: Any) -> Reference | None:  # noqa: ANN401
+def _reference(trainer: Any, seen: dict[Any, Any] | None) -> Reference | None:  # noqa: ANN401
     unwrap = trainer.accelerator.unwrap_model
     model = getattr(trainer, "ref_model", None)
     cache: Any = getattr(trainer, "reference_cache", None)
@@ -380,6 +414,7 @@ def _reference(trainer: Any) -> Reference | None:  # noqa: ANN401
     return Reference(
         model=upstream.unwrapped(unwrap(trainer.model if model is None else model)),
         forward=lambda inputs: upstream.reference_forward(trainer, inputs),
+        seen=seen,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from .probe_measures import Interval, is_displaced
+from .probe_measures import is_displaced
 from .probe_records import ProbeRecord
 
 HardnessOrder = Literal["easy_to_hard", "weighted"]
@@ -43,7 +43,10 @@ class SignalThresholds:
         filter_weight (`float`, *optional*, defaults to `0.03`):
             Weight below which pairs are filtered.
         flat (`float`, *optional*, defaults to `0.02`):
-            Changes up to this size count as none in the diagnosis, nats per token.
+            Changes up to this size count as none, nats per token …
+        relative_flat (`float`, *optional*, defaults to `0.03`):
+            … and so do changes up to this share of a family's first negative log-likelihood: the less likely a
+            response, the further the same change of the weights moves it.
         strong (`float`, *optional*, defaults to `0.5`):
             Falls from this size on count as strong in the diagnosis, nats per token.
         low_weight (`float`, *optional*, defaults to `0.3`):
@@ -63,6 +66,7 @@ class SignalThresholds:
     on_policy_increment: float = 0.1
     filter_weight: float = 0.03
     flat: float = 0.02
+    relative_flat: float = 0.03
     strong: float = 0.5
     low_weight: float = 0.3
     high_weight: float = 0.7
@@ -72,6 +76,8 @@ class SignalThresholds:
             raise ValueError(f"`patience` must be at least 1 probe, got {self.patience}.")
         if not 0 <= self.flat <= self.strong:
             raise ValueError(f"`flat`={self.flat} must lie between 0 and `strong`={self.strong}.")
+        if self.relative_flat < 0:
+            raise ValueError(f"`relative_flat` must not be negative, got {self.relative_flat}.")
         if not self.low_weight <= self.high_weight:
             raise ValueError(f"`low_weight`={self.low_weight} must not exceed `high_weight`={self.high_weight}.")
 
@@ -102,12 +108,12 @@ def raised_flags(records: Sequence[ProbeRecord], thresholds: SignalThresholds = 
     flags: dict[str, str | None] = {}
     if len(records) > 1:
         flags["displacement"] = _displacement(first, record, thresholds)
-        flags["squeezing"] = _squeezing(first, record)
+        flags["squeezing"] = _squeezing(first, record, thresholds)
         flags["miscalibration"] = _miscalibration(first, record, thresholds)
         flags["drift"] = _drift(record, thresholds)
         flags["saturation"] = _saturation(records[-2], record, thresholds)
-    if record.weight is not None and record.weight < thresholds.cooled_weight:
-        flags["cooled_out"] = f"mean cooling weight {record.weight:.3g} < {thresholds.cooled_weight:.3g}"
+    if record.mean_weight is not None and record.mean_weight < thresholds.cooled_weight:
+        flags["cooled_out"] = f"mean cooling weight {record.mean_weight:.3g} < {thresholds.cooled_weight:.3g}"
     return {name: f"step {record.step}: {reason}" for name, reason in flags.items() if reason is not None}
 
 
@@ -121,13 +127,16 @@ def _displacement(first: ProbeRecord, record: ProbeRecord, thresholds: SignalThr
     )
 
 
-def _squeezing(first: ProbeRecord, record: ProbeRecord) -> str | None:
-    index = record.squeezing_index
+def _squeezing(first: ProbeRecord, record: ProbeRecord, thresholds: SignalThresholds) -> str | None:
+    # The index alone rises in every run that lowers rejected responses: the mass must have gone to the argmax
+    index, argmax = record.squeezing_index, record.delta0("argmax")
     if index is None or index.low <= 0 or record.top1_mass <= first.top1_mass:
         return None
+    if argmax is None or _sign(record, "argmax", thresholds) != "+":
+        return None
     return (
-        f"squeezing index {index.mean:.3g} [{index.low:.3g}, {index.high:.3g}] nats per token above 0 and top-1 mass "
-        f"up from {first.top1_mass:.3g} to {record.top1_mass:.3g}"
+        f"squeezing index {index.mean:.3g} [{index.low:.3g}, {index.high:.3g}] nats per token above 0, greedy tokens "
+        f"up by {argmax.mean:.3g} nats per token and top-1 mass from {first.top1_mass:.3g} to {record.top1_mass:.3g}"
     )
 
 
@@ -345,7 +354,8 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class _Row:
-    # Signs: "+" rise, "-" fall (also a strong one), "--" strong fall, "0" none, "*" any; weight: a kind, or "*"
+    # Signs: "+" rise, "-" fall (also a strong one), "--" strong fall, "0" none, "*" any, "0+" none or rise, "0-" none
+    # or a fall that is not strong; weight: a kind, or "*"
     name: str
     chosen: str
     hard: str
@@ -355,8 +365,10 @@ class _Row:
     advice: str
 
 
+# A model that has learnt its chosen responses cannot raise them much, easy responses fall a little with the hard ones
+# that they share words with, and where only easy ones are pushed down, hard ones gain: no fault of their own
 TABLE = (
-    _Row("healthy", "+", "-", "0", "0", "mid", "Go on."),
+    _Row("healthy", "0+", "-", "0-", "0", "not low", "Go on."),
     _Row(
         "squeezing",
         "-",
@@ -369,8 +381,8 @@ TABLE = (
     _Row("entangled pairs", "-", "-", "0", "0", "high", "Filter pairs that are too similar; anchor the chosen."),
     _Row(
         "easy negatives dominate",
-        "+",
-        "0",
+        "0+",
+        "0+",
         "--",
         "0",
         "low",
@@ -400,24 +412,27 @@ def diagnose(record: ProbeRecord, thresholds: SignalThresholds = DEFAULTS) -> Di
     """
     names = ("chosen", "rejected_hard", "rejected_easy", "argmax")
     deltas = [record.delta0(name) for name in names]
-    signs = [_sign(delta, thresholds) for delta in deltas]
+    signs = [_sign(record, name, thresholds) for name in names]
     numbers = [
         f"Δ0({name}) {'unknown' if delta is None else f'{delta.mean:+.3g} [{delta.low:+.3g}, {delta.high:+.3g}]'}"
         for name, delta in zip(names, deltas, strict=True)
     ]
-    weight = "none" if record.weight is None else f"{record.weight:.3g}"
+    weight = "none" if record.mean_weight is None else f"{record.mean_weight:.3g}"
     reason = f"step {record.step}: {', '.join(numbers)} nats per token; mean cooling weight {weight}"
     for row in TABLE:
         wanted = (row.chosen, row.hard, row.easy, row.argmax)
-        if all(map(_fits, signs, wanted)) and _weight_fits(record.weight, row.weight, thresholds):
+        if all(map(_fits, signs, wanted)) and _weight_fits(record.mean_weight, row.weight, thresholds):
             return Diagnosis(row.name, row.advice, reason)
     return Diagnosis("unclear", "No known pattern: look at the single families.", reason)
 
 
-def _sign(delta: Interval | None, thresholds: SignalThresholds) -> str:
+def _sign(record: ProbeRecord, family: str, thresholds: SignalThresholds) -> str:
+    delta = record.delta0(family)
     if delta is None:
         return "?"
-    if abs(delta.mean) <= thresholds.flat or delta.low <= 0.0 <= delta.high:
+    first = record.families[family].avg_logp.mean - delta.mean
+    flat = max(thresholds.flat, thresholds.relative_flat * abs(first))
+    if abs(delta.mean) <= flat or delta.low <= 0.0 <= delta.high:
         return "0"
     if delta.mean > 0:
         return "+"
@@ -425,7 +440,9 @@ def _sign(delta: Interval | None, thresholds: SignalThresholds) -> str:
 
 
 def _fits(sign: str, wanted: str) -> bool:
-    return wanted == "*" or sign == wanted or (wanted == "-" and sign == "--")
+    return sign in {"*": ("+", "-", "--", "0", "?"), "-": ("-", "--"), "0+": ("0", "+"), "0-": ("0", "-")}.get(
+        wanted, (wanted,)
+    )
 
 
 def _weight_fits(weight: float | None, wanted: str, thresholds: SignalThresholds) -> bool:
@@ -434,6 +451,6 @@ def _weight_fits(weight: float | None, wanted: str, thresholds: SignalThresholds
     return {
         "cooled": weight < thresholds.cooled_weight,
         "low": weight < thresholds.low_weight,
-        "mid": thresholds.low_weight <= weight <= thresholds.high_weight,
+        "not low": weight >= thresholds.low_weight,
         "high": weight > thresholds.high_weight,
     }[wanted]

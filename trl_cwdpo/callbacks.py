@@ -1,0 +1,249 @@
+"""Callbacks that act on a run's probes: early stopping, and a curriculum over the pairs.
+
+Both do what [`~trl_cwdpo.signals`] decides after a probe. What they have decided is the same on all processes and is
+kept in checkpoints, so that a resumed run goes on as the whole one would have.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .probe_records import ProbeRecord
+from .probes import active_probes, add_configured_probes
+from .run_state import RunState
+from .signals import DEFAULTS, SignalThresholds, StopDecision, early_stop
+from .upstream.checkpoints import save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+STOPPING_KEY = "probe_early_stopping"
+
+
+def add_configured_callbacks(trainer: Any) -> None:  # noqa: ANN401
+    """
+    Add the probes and the early stopping that a trainer's `args` ask for.
+
+    Args:
+        trainer ([`CWDPOTrainer`] or [`GentleNegativeSFTTrainer`]):
+            The trainer, complete but for this.
+
+    Raises:
+        ValueError: If the user has set a probe option and there are no evaluation data, or none that can be probed.
+    """
+    args = trainer.args
+    if args.probe_early_stopping and trainer.eval_dataset is None:
+        raise ValueError(
+            "`probe_early_stopping=True` decides by probes of held-out pairs, and there is no `eval_dataset` to take "
+            "them from. Pass one."
+        )
+    add_configured_probes(trainer)
+    if args.probe_early_stopping:
+        trainer.add_callback(ProbeEarlyStoppingCallback(trainer, restore_best=args.probe_restore_best))
+
+
+class ProbeEarlyStoppingCallback(TrainerCallback):
+    """
+    Stops a run when its probes say that it does harm or nothing any more, and keeps the best checkpoint.
+
+    After each probe, [`~trl_cwdpo.signals.early_stop`] looks at all probes so far. A run stops when one of these has
+    held for `thresholds.patience` probes in a row: chosen responses are displaced; the calibration error has grown too
+    far; the policy is too far from the reference; pairs are saturated and the margin no longer grows; the negatives
+    are cooled out. With on-policy negatives, the last one first replaces the dataset's negatives of all pairs by
+    sampled ones. The log says which rule fired, and with what numbers.
+
+    The best checkpoint is that of the probe with the largest held-out margin among those without any flag. It is saved
+    when the probe is taken, whatever `save_strategy` says; `save_total_limit` spares it; `state.best_model_checkpoint`
+    names it. A best checkpoint that a better one supersedes goes, unless the run saves at its step anyway.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer that gets the callback: one of this package's with probes, or any that has got a
+            [`DeltaLogpProbeCallback`].
+        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
+            The numbers of the rules.
+        restore_best (`bool`, *optional*, defaults to `False`):
+            Whether the run ends with the weights of the best checkpoint, stopped or not. The model that the run starts
+            from is then saved as well, as `checkpoint-0`, until there is a better one.
+
+    Example:
+
+    ```python
+    >>> trainer.add_callback(DeltaLogpProbeCallback(trainer, dataset["test"]))
+    >>> trainer.add_callback(ProbeEarlyStoppingCallback(trainer, restore_best=True))
+    >>> trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        trainer: Any,  # noqa: ANN401 (any TRL trainer)
+        thresholds: SignalThresholds = DEFAULTS,
+        *,
+        restore_best: bool = False,
+    ) -> None:
+        args = trainer.args
+        for option in ("load_best_model_at_end", "metric_for_best_model"):
+            if getattr(args, option):
+                raise ValueError(
+                    f"`{option}`={getattr(args, option)!r} lets evaluations choose the best checkpoint, which early "
+                    "stopping on probes does itself. Leave it unset; `restore_best` ends a run with the best weights."
+                )
+        if restore_best and args.save_only_model and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise ValueError(
+                "The best weights of a sharded model can only be restored from a whole checkpoint. Set "
+                "`save_only_model=False`, or don't restore them (`restore_best`, `probe_restore_best`)."
+            )
+        self.trainer, self.thresholds, self.restore_best = trainer, thresholds, restore_best
+        self.stopped: tuple[str, ...] = ()
+        # The step whose checkpoint is being saved for us, and the steps whose checkpoints it supersedes
+        self._saving: int | None = None
+        self._superseded: list[int] = []
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best probe so far; `None` before the first and where all have raised a flag."""
+        return self._known().get("best_step")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make sure that there are probes to act on."""
+        if active_probes(self.trainer) is None:
+            raise ValueError(
+                "Early stopping on probes needs probes, and this trainer takes none. Give it an `eval_dataset` and "
+                "`probe_steps` above 0, or add a `DeltaLogpProbeCallback`."
+            )
+        callbacks = self.trainer.callback_handler.callbacks
+        if sum(isinstance(callback, ProbeEarlyStoppingCallback) for callback in callbacks) > 1:
+            raise ValueError(
+                "The trainer has several `ProbeEarlyStoppingCallback`s, which would remove each other's checkpoints. "
+                "Add one, or set `probe_early_stopping`, not both."
+            )
+
+    def on_probe(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        record: ProbeRecord,
+        baseline: ProbeRecord,
+    ) -> None:
+        """Decide, on all processes alike."""
+        begins = record.step == baseline.step
+        if begins:
+            self._remember({"records": [], "best_step": None, "refreshed_at": None, "saved": []})
+            state.best_model_checkpoint = state.best_global_step = state.best_metric = None
+        known = self._known()
+        # A checkpoint of a run without early stopping has the first probe only
+        before = [ProbeRecord.from_dict(entry) for entry in known["records"]] if known else [baseline.without_rows()]
+        records = [entry for entry in before if entry.step < record.step]
+        records.append(record.without_rows())
+        refreshed_at = known.get("refreshed_at")
+        decision = self._agreed(
+            early_stop(records, self.thresholds, on_policy=self._samples_negatives(), refreshed_at=refreshed_at)
+        )
+        if decision.refresh_negatives:
+            refreshed_at = record.step
+            self.trainer.set_dataset_negative_fraction(0.0)
+        self._remember(
+            {
+                "records": [entry.to_dict() for entry in records],
+                "best_step": decision.best_step,
+                "refreshed_at": refreshed_at,
+                "saved": known.get("saved", []),
+            }
+        )
+        if decision.best_step == record.step:
+            self._keep(record, state, control, begins=begins)
+        self._conclude(decision, state, control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the trainer restore the best weights when the run ends."""
+        if control.should_training_stop and self.restore_best:
+            args.load_best_model_at_end = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove what the new best checkpoint supersedes."""
+        if state.global_step != self._saving:
+            # A checkpoint that the run wants for its own sake stays, be it ours as well
+            known = self._known()
+            if state.global_step in known.get("saved", []):
+                self._remember({**known, "saved": [step for step in known["saved"] if step != state.global_step]})
+            return
+        self._saving = None
+        superseded, self._superseded = self._superseded, []
+        if args.should_save:
+            for step in superseded:
+                shutil.rmtree(self._folder(step), ignore_errors=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say what has been restored."""
+        if not self.restore_best:
+            return
+        args.load_best_model_at_end = False
+        if not state.is_world_process_zero:
+            return
+        if state.best_model_checkpoint is None:
+            logger.warning(
+                "Every probe has raised a flag, so there are no best weights to restore: the last ones stay."
+            )
+        else:
+            logger.info("The model has the weights of %s, the best checkpoint.", state.best_model_checkpoint)
+
+    def _keep(self, record: ProbeRecord, state: TrainerState, control: TrainerControl, *, begins: bool) -> None:
+        known = self._known()
+        state.best_global_step, state.best_metric = record.step, record.margin.mean
+        # Before the first step, the model is where it was loaded from
+        if begins and not self.restore_best:
+            return
+        state.best_model_checkpoint = str(self._folder(record.step))
+        self._superseded = [step for step in known["saved"] if step != record.step]
+        self._remember({**known, "saved": [] if control.should_save else [record.step]})
+        self._saving = record.step
+        if begins:
+            save_checkpoint(self.trainer)
+            self._saving = None
+        else:
+            control.should_save = True
+
+    def _conclude(self, decision: StopDecision, state: TrainerState, control: TrainerControl) -> None:
+        self.stopped = decision.reasons if decision.stop else ()
+        says = state.is_world_process_zero
+        if decision.stop:
+            control.should_training_stop = True
+            if says:
+                best = state.best_model_checkpoint or f"that of step {decision.best_step}, before training"
+                best = "none without a flag" if decision.best_step is None else best
+                logger.warning(
+                    "Stopping after step %d: %s. Best model: %s.", state.global_step, "; ".join(decision.reasons), best
+                )
+        elif decision.refresh_negatives and says:
+            logger.warning("%s. From here on all rejected responses are sampled.", "; ".join(decision.reasons))
+
+    def _agreed(self, decision: StopDecision) -> StopDecision:
+        # The probes are the same everywhere, but two kinds of machines may differ in the last bit
+        if self.trainer.accelerator.num_processes == 1:
+            return decision
+        return broadcast_object_list([decision], from_process=0)[0]
+
+    def _samples_negatives(self) -> bool:
+        share = getattr(self.trainer, "dataset_negative_fraction", None)
+        return share is not None and share < 1.0 and hasattr(self.trainer, "set_dataset_negative_fraction")
+
+    def _folder(self, step: int) -> Path:
+        return Path(self.trainer.args.output_dir) / f"checkpoint-{step}"
+
+    def _known(self) -> dict[str, Any]:
+        return RunState.of(self.trainer).values.get(STOPPING_KEY, {})
+
+    def _remember(self, values: dict[str, Any]) -> None:
+        RunState.of(self.trainer).values[STOPPING_KEY] = values
