@@ -55,6 +55,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "initial_negatives",
             "lengths",
             "loading",
+            "pair_order",
             "probe_passes",
             "probe_summary",
             "reference_cache",

@@ -462,3 +462,30 @@ class TestConfigured:
         trainer.add_callback(DeltaLogpProbeCallback(trainer, held_out(), size=4, steps=1))
         with pytest.raises(ValueError, match="several `DeltaLogpProbeCallback`s"):
             trainer.train()
+
+
+def test_online_dpo_is_probed_and_trains_as_without(text_model, tmp_path):
+    online = pytest.importorskip("trl.experimental.online_dpo")
+
+    def reward(completions, **kwargs):
+        return [float(len(str(completion))) for completion in completions]
+
+    def trainer(output):
+        args = online.OnlineDPOConfig(**tiny.training_options(output, max_steps=2, max_new_tokens=4, max_length=64))
+        return online.OnlineDPOTrainer(
+            AutoModelForCausalLM.from_pretrained(text_model),
+            reward_funcs=reward,
+            args=args,
+            train_dataset=tiny.pairs(8).select_columns(["prompt"]),
+            processing_class=tiny.tokenizer(),
+        )
+
+    plain = trained(trainer(tmp_path / "a"))
+    found = probed(trainer(tmp_path / "b"), held_out(), steps=1)
+    ours = weights(found)
+    assert all(torch.equal(value, ours[name]) for name, value in weights(plain).items())
+    records = read_records(tmp_path / "b")
+    assert [record.step for record in records] == [0, 1, 2]
+    assert records[0].total_variation == pytest.approx(0.0, abs=1e-6)
+    assert records[-1].total_variation > 0
+    assert records[-1].loser_share is not None

@@ -169,11 +169,16 @@ class TestCurriculum:
         assert shares.tolist() == pytest.approx([0.1, 0.3, 0.6, 0.0], abs=0.04)
         assert sorted(order_by_hardness(np.zeros(4), "weighted", weights)) == [0, 1, 2]
 
+    def test_random_draws_from_what_is_left(self):
+        weights = np.array([0.9, 0.01, 0.5, 0.03])
+        firsts = [order_by_hardness(np.zeros(4), "random", weights, seed)[0] for seed in range(900)]
+        assert (np.bincount(firsts, minlength=4) / 900).tolist() == pytest.approx([1 / 3, 0.0, 1 / 3, 1 / 3], abs=0.06)
+
     def test_errors(self):
         with pytest.raises(ValueError, match="needs `weights`"):
             order_by_hardness(np.zeros(2), "weighted")
-        with pytest.raises(ValueError, match="'easy_to_hard' or 'weighted', got 'random'"):
-            order_by_hardness(np.zeros(2), "random")
+        with pytest.raises(ValueError, match=r"'easy_to_hard', 'weighted', 'random'.*got 'hard'"):
+            order_by_hardness(np.zeros(2), "hard")
 
 
 # Diagnosis -> changes of chosen, hard, easy, argmax; mean weight

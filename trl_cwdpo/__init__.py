@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trl_cwdpo._version import __version__
 
 if TYPE_CHECKING:
-    from trl_cwdpo.callbacks import ProbeEarlyStoppingCallback
+    from trl_cwdpo.callbacks import CurriculumCallback, ProbeEarlyStoppingCallback
     from trl_cwdpo.cwdpo_config import CWDPOConfig
     from trl_cwdpo.cwdpo_trainer import CWDPOTrainer
     from trl_cwdpo.gentle_negative_sft_config import GentleNegativeSFTConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CWDPOConfig",
     "CWDPOTrainer",
+    "CurriculumCallback",
     "DeltaLogpProbeCallback",
     "GentleNegativeSFTConfig",
     "GentleNegativeSFTTrainer",
@@ -29,6 +30,7 @@ __all__ = [
 
 # Public name -> the module that defines it. A name added here is added to `__all__` and to the TYPE_CHECKING block.
 _LAZY_NAMES = {
+    "CurriculumCallback": "trl_cwdpo.callbacks",
     "CWDPOConfig": "trl_cwdpo.cwdpo_config",
     "CWDPOTrainer": "trl_cwdpo.cwdpo_trainer",
     "DeltaLogpProbeCallback": "trl_cwdpo.probes",

@@ -6,21 +6,35 @@ kept in checkpoints, so that a resumed run goes on as the whole one would have.
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .initial_negatives import measure_every_negative
+from .pair_order import PairSampler, packed, unpacked
 from .probe_records import ProbeRecord
-from .probes import active_probes, add_configured_probes
+from .probes import active_probes, add_configured_probes, calibrate_first, pair_loss_of
 from .run_state import RunState
-from .signals import DEFAULTS, SignalThresholds, StopDecision, early_stop
+from .signals import (
+    DEFAULTS,
+    PairOrder,
+    SignalThresholds,
+    StopDecision,
+    curriculum,
+    early_stop,
+    order_by_hardness,
+)
 from .upstream.checkpoints import save_checkpoint
+from .upstream.sampling import use_sampler
 
 logger = logging.getLogger(__name__)
 
 STOPPING_KEY = "probe_early_stopping"
+CURRICULUM_KEY = "curriculum"
 
 
 def add_configured_callbacks(trainer: Any) -> None:  # noqa: ANN401
@@ -247,3 +261,172 @@ class ProbeEarlyStoppingCallback(TrainerCallback):
 
     def _remember(self, values: dict[str, Any]) -> None:
         RunState.of(self.trainer).values[STOPPING_KEY] = values
+
+
+class CurriculumCallback(TrainerCallback):
+    """
+    Orders a run's pairs by hardness, leaves out those that are too easy, and asks for more on-policy negatives.
+
+    A rejected response is the harder, the higher its average token log-probability is. It is measured for all pairs
+    before the first step, by one forward pass over the rejected responses without gradients; after that the order is
+    fixed by the seed and kept in checkpoints.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer that gets the callback: one of this package's or [`~trl.DPOTrainer`], with a map-style training
+            dataset. To be added before training begins.
+        order (`str`, *optional*, defaults to `"easy_to_hard"`):
+            `"easy_to_hard"`: sorted, so that an epoch begins with the easiest. `"weighted"`: drawn without replacement
+            in proportion to the cooling weights, anew each epoch, so that hard pairs tend to come first. `"random"`:
+            drawn alike, for `filter_easy` alone. `None`: the trainer's own order, and nothing is measured.
+        filter_easy (`bool`, *optional*, defaults to `False`):
+            Whether pairs whose cooling weight is below `thresholds.filter_weight` (0.03) are left out. Others take
+            their place: an epoch keeps its length.
+        remeasure (`bool`, *optional*, defaults to `False`):
+            Whether hardness is measured again when an epoch begins.
+        raise_on_policy (`bool`, *optional*, defaults to `False`):
+            Whether each probe in which more than `thresholds.easy_fraction` (½) of the pairs have a weight below 0.1
+            raises the share of on-policy negatives by `thresholds.on_policy_increment` (0.1). Needs probes.
+        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
+            The numbers of the rules.
+
+    Example:
+
+    ```python
+    >>> trainer.add_callback(CurriculumCallback(trainer, order="weighted", filter_easy=True))
+    >>> trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        trainer: Any,  # noqa: ANN401 (any TRL trainer of preferences)
+        *,
+        order: PairOrder | None = "easy_to_hard",
+        filter_easy: bool = False,
+        remeasure: bool = False,
+        raise_on_policy: bool = False,
+        thresholds: SignalThresholds = DEFAULTS,
+    ) -> None:
+        self.trainer, self.thresholds = trainer, thresholds
+        self.order, self.filter_easy, self.remeasure = order, filter_easy, remeasure
+        self.raise_on_policy = raise_on_policy
+        self._check(trainer)
+        if order is not None:
+            use_sampler(trainer, PairSampler(len(trainer.train_dataset), self._indices))
+            if not any(isinstance(callback, RunState) for callback in trainer.callback_handler.callbacks):
+                trainer.add_callback(RunState())
+
+    def _check(self, trainer: Any) -> None:  # noqa: ANN401
+        if self.order is not None and self.order not in get_args(PairOrder):
+            raise ValueError(f"`order` must be one of {list(get_args(PairOrder))} or None, got {self.order!r}.")
+        if self.order is None and (self.filter_easy or self.remeasure):
+            raise ValueError("`filter_easy` and `remeasure` need an order of ours. Set `order='random'`, for example.")
+        if self.order is not None and not hasattr(trainer.train_dataset, "__len__"):
+            raise ValueError(
+                f"`order={self.order!r}` needs a training dataset with a length, and this one is a stream. Load it as "
+                "a map-style dataset, or set `order=None`."
+            )
+        columns = getattr(trainer.train_dataset, "column_names", None)
+        if self.order is not None and columns and not {"rejected", "rejected_ids"} & set(columns):
+            raise ValueError(
+                f"`order={self.order!r}` goes by the rejected responses, and the training dataset has no rejected "
+                f"responses: its columns are {columns}. Pass preference pairs."
+            )
+        strategy = trainer.args.train_sampling_strategy
+        if self.order is not None and strategy != "random":
+            raise ValueError(
+                f"`train_sampling_strategy={strategy!r}` decides about the order of pairs, and so does "
+                f"`order={self.order!r}`. Set one of them to 'random' or None."
+            )
+        grades = getattr(trainer.args, "cooling_mode", "off") in ("loss", "gate")
+        if (self.order == "weighted" or self.filter_easy) and not grades:
+            raise ValueError(
+                "`order='weighted'` and `filter_easy=True` go by cooling weights, and this run has none that differ. "
+                "Use `CWDPOTrainer` with `cooling_mode` 'loss' or 'gate', or `order='easy_to_hard'`."
+            )
+        if self.raise_on_policy and not hasattr(trainer, "set_dataset_negative_fraction"):
+            raise ValueError(
+                f"`raise_on_policy=True` needs a trainer that samples negatives, and `{type(trainer).__name__}` does "
+                "not. Use `CWDPOTrainer`."
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure all pairs, unless the checkpoint that is resumed has them."""
+        if self.raise_on_policy and active_probes(self.trainer) is None:
+            raise ValueError(
+                "`raise_on_policy=True` decides by probes, and this trainer takes none. Give it an `eval_dataset` and "
+                "`probe_steps` above 0, or add a `DeltaLogpProbeCallback`."
+            )
+        known = RunState.of(self.trainer).values.get(CURRICULUM_KEY) if state.global_step else None
+        if self.order is not None and (known is None or known["pairs"] != len(self.trainer.train_dataset)):
+            self._measure(state)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure again, if that is wanted and the epoch is another than that of the last measurement."""
+        if self.remeasure and RunState.of(self.trainer).values[CURRICULUM_KEY]["epoch"] != _epoch(state):
+            self._measure(state)
+
+    def on_probe(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        record: ProbeRecord,
+        baseline: ProbeRecord,
+    ) -> None:
+        """Raise the share of on-policy negatives where the probe asks for it."""
+        if not self.raise_on_policy:
+            return
+        share = self.trainer.dataset_negative_fraction
+        decision = curriculum(record, share, self.thresholds)
+        if decision.dataset_negative_fraction != share:
+            self.trainer.set_dataset_negative_fraction(decision.dataset_negative_fraction)
+            if state.is_world_process_zero:
+                logger.info("%s.", "; ".join(decision.reasons))
+
+    def _measure(self, state: TrainerState) -> None:
+        trainer = self.trainer
+        calibrate_first(trainer)
+        with trainer.compute_loss_context_manager():
+            found = measure_every_negative(trainer, trainer.model_wrapped)
+        avg_logps = packed(found.avg_logps)
+        RunState.of(trainer).values[CURRICULUM_KEY] = {
+            "pairs": len(found.avg_logps),
+            "epoch": _epoch(state),
+            "avg_logps": avg_logps,
+        }
+        if state.is_world_process_zero:
+            quartiles = np.quantile(found.avg_logps, (0.0, 0.25, 0.5, 0.75, 1.0)).round(3).tolist()
+            logger.info(
+                "Curriculum over %d pairs: average log-probability of the rejected responses %s nats per token "
+                "(extremes and quartiles); %d pairs left out.",
+                len(found.avg_logps),
+                quartiles,
+                len(found.avg_logps) - len(self._indices()),
+            )
+
+    def _indices(self) -> np.ndarray:
+        avg_logps = unpacked(RunState.of(self.trainer).values[CURRICULUM_KEY]["avg_logps"])
+        loss = pair_loss_of(self.trainer) if self.order == "weighted" or self.filter_easy else None
+        weights = None if loss is None else loss.weights(avg_logps)
+        # Of a filter that is off nothing is filtered
+        numbers = self.thresholds if self.filter_easy else replace(self.thresholds, filter_weight=0.0)
+        seed = self.trainer.args.seed + _epoch(self.trainer.state)
+        kept = order_by_hardness(avg_logps, self.order or "easy_to_hard", weights, seed, numbers)
+        if not len(kept):
+            raise ValueError(
+                f"`filter_easy=True` leaves no pair: all cooling weights are below {numbers.filter_weight}. Lower "
+                "`cooling_floor`, or take fresh negatives."
+            )
+        return kept
+
+
+def _epoch(state: TrainerState) -> int:
+    # A number with a fraction within an epoch, where a resumed run begins
+    return int((state.epoch or 0.0) + 1e-6)

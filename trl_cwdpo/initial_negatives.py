@@ -72,18 +72,41 @@ def measure_initial_negatives(trainer: Any, model: torch.nn.Module, size: int) -
     Returns:
         [`InitialNegatives`].
     """
+    with preserved_random_state():
+        rows = sample_rows(trainer.train_dataset, size, trainer.args.seed)
+    return _measure_rows(trainer, model, rows)
+
+
+def measure_every_negative(trainer: Any, model: torch.nn.Module) -> InitialNegatives:  # noqa: ANN401
+    """
+    The same of every row of a map-style training dataset, in its order.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            See [`measure_initial_negatives`].
+        model (`nn.Module`):
+            The policy, as wrapped by accelerate.
+
+    Returns:
+        [`InitialNegatives`].
+    """
+    return _measure_rows(trainer, model, trainer.train_dataset)
+
+
+def _measure_rows(trainer: Any, model: torch.nn.Module, rows: Any) -> InitialNegatives:  # noqa: ANN401 (a sequence)
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     batch_size = trainer.args.per_device_train_batch_size
     with preserved_random_state(), evaluation_mode(model), torch.no_grad():
-        rows = sample_rows(trainer.train_dataset, size, trainer.args.seed)
         # Every rank makes the same number of forwards (sharded models wait for one another): short ranks repeat rows,
         # which the gathering then leaves out
         per_rank = -(-len(rows) // world)
-        mine = [rows[(rank + world * i) % len(rows)] for i in range(per_rank)]
+        mine = [(rank + world * i) % len(rows) for i in range(per_rank)]
         starts = tqdm(
             range(0, per_rank, batch_size), desc="Measuring rejected responses", disable=trainer.args.disable_tqdm
         )
-        batches = [_measure(trainer, model, mine[start : start + batch_size]) for start in starts]
+        batches = [
+            _measure(trainer, model, [rows[index] for index in mine[start : start + batch_size]]) for start in starts
+        ]
         # Interleaved by rank, so that the repeated rows come last
         gathered = trainer.accelerator.gather(torch.cat(batches).unsqueeze(0))
     values = gathered.transpose(0, 1).reshape(-1, 2)[: len(rows)].double().cpu().numpy()

@@ -184,7 +184,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._prepare_files(state.global_step)
         if self.baseline is None:
-            self._calibrate()
+            calibrate_first(self.trainer)
             self._first_probe(state, control)
 
     def on_step_end(
@@ -217,13 +217,6 @@ class DeltaLogpProbeCallback(TrainerCallback):
         kept = [record for record in read_records(records) if record.step <= step] if step and records.exists() else []
         write_records(records, kept)
 
-    def _calibrate(self) -> None:
-        # "auto" is solved with the first loss; the first probe needs it a moment earlier, from the same weights
-        calibrate = getattr(self.trainer, "_calibrate_once", None)
-        if calibrate is not None and hasattr(self.trainer.args, "cooling_mode"):
-            with self.trainer.compute_loss_context_manager():
-                calibrate(self.trainer.model_wrapped)
-
     def _probe(self, state: TrainerState, control: TrainerControl) -> None:
         trainer = self.trainer
         sharded = trainer.accelerator.distributed_type in SHARDED
@@ -233,7 +226,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
             self.rows,
             families=self.families,
             reference=_reference(trainer, self._reference_saw),
-            pair_loss=_pair_loss(trainer),
+            pair_loss=pair_loss_of(trainer),
             baseline=self.baseline,
             previous=self.previous,
             step=state.global_step,
@@ -355,6 +348,14 @@ def add_configured_probes(trainer: Any) -> None:  # noqa: ANN401
         _warn_off(trainer, error)
 
 
+def calibrate_first(trainer: Any) -> None:  # noqa: ANN401 (any transformers trainer)
+    """Solve what is `"auto"` about cooling now, before the first loss does so, from the same weights."""
+    calibrate = getattr(trainer, "_calibrate_once", None)
+    if calibrate is not None and hasattr(trainer.args, "cooling_mode"):
+        with trainer.compute_loss_context_manager():
+            calibrate(trainer.model_wrapped)
+
+
 def active_probes(trainer: Any) -> DeltaLogpProbeCallback | None:  # noqa: ANN401 (any transformers trainer)
     """The callback that probes a trainer's runs: the one that the user has added, or the trainer's own, or none."""
     found = [
@@ -418,7 +419,8 @@ def _reference(trainer: Any, seen: dict[Any, Any] | None) -> Reference | None:  
     )
 
 
-def _pair_loss(trainer: Any) -> PairLoss | None:  # noqa: ANN401
+def pair_loss_of(trainer: Any) -> PairLoss | None:  # noqa: ANN401 (any transformers trainer)
+    """The preference loss of a trainer, once it is calibrated; `None` for one without."""
     beta, args = getattr(trainer, "beta", None), trainer.args
     if beta is None:
         return None

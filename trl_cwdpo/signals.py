@@ -6,14 +6,14 @@ numbers. "Two probes in a row" and the like count the records given, whose first
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from .probe_measures import is_displaced
 from .probe_records import ProbeRecord
 
-HardnessOrder = Literal["easy_to_hard", "weighted"]
+PairOrder = Literal["easy_to_hard", "weighted", "random"]
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def curriculum(
 
 def order_by_hardness(
     rejected_avg_logps: np.ndarray,
-    order: HardnessOrder = "easy_to_hard",
+    order: PairOrder = "easy_to_hard",
     weights: np.ndarray | None = None,
     seed: int = 0,
     thresholds: SignalThresholds = DEFAULTS,
@@ -301,7 +301,8 @@ def order_by_hardness(
         rejected_avg_logps (`np.ndarray` of shape `(N,)`):
             ℓ̄ of the rejected responses, nats per token: the likelier, the harder.
         order (`str`, *optional*, defaults to `"easy_to_hard"`):
-            `"easy_to_hard"` sorts; `"weighted"` draws without replacement, in proportion to `weights`.
+            `"easy_to_hard"` sorts; `"weighted"` draws without replacement, in proportion to `weights`; `"random"`
+            draws all alike.
         weights (`np.ndarray` of shape `(N,)`, *optional*):
             Cooling weights. Pairs with a weight below `filter_weight` are left out. Needed by `"weighted"`.
         seed (`int`, *optional*, defaults to `0`):
@@ -320,12 +321,15 @@ def order_by_hardness(
         kept = kept[np.asarray(weights) >= thresholds.filter_weight]
     if order == "easy_to_hard":
         return kept[np.argsort(np.asarray(rejected_avg_logps)[kept], kind="stable")]
+    if order == "random":
+        return np.random.default_rng(seed).permutation(kept)
     if order != "weighted":
-        raise ValueError(f"`order` must be 'easy_to_hard' or 'weighted', got {order!r}.")
+        raise ValueError(f"`order` must be one of {list(get_args(PairOrder))}, got {order!r}.")
     if weights is None:
         raise ValueError("`order='weighted'` needs `weights`.")
     # Exponential keys: sorting by them draws without replacement in proportion to the weights
-    keys = np.random.default_rng(seed).exponential(size=kept.size) / np.asarray(weights)[kept]
+    with np.errstate(divide="ignore"):
+        keys = np.random.default_rng(seed).exponential(size=kept.size) / np.asarray(weights)[kept]
     return kept[np.argsort(keys, kind="stable")]
 
 

@@ -1,5 +1,6 @@
 """`trl-cwdpo sft|cwdpo` in this process: from flags and files to a trained model, with the losses of TRL's script."""
 
+import dataclasses
 import json
 import re
 
@@ -11,6 +12,7 @@ from huggingface_hub import HfApi, get_token
 from safetensors.torch import load_file
 from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser
 
+from trl_cwdpo import probes
 from trl_cwdpo.cli import main
 from trl_cwdpo.cli.launching import NUM_PROCESSES
 from trl_cwdpo.cli.model_card import public_name
@@ -250,3 +252,22 @@ def test_a_test_split_is_probed_though_nothing_is_evaluated(flags, tmp_path):
     assert set(records[0].families) == {"chosen", "rejected", "argmax"}
     assert main(["sft", *given, "--output_dir", str(tmp_path / "off"), "--probe_steps", "0"]) == 0
     assert not (tmp_path / "off" / "probes.jsonl").exists()
+
+
+@pytest.mark.parametrize("restores", [True, False])
+def test_a_run_stopped_by_its_probes_says_so(flags, tmp_path, data, monkeypatch, capsys, restores):
+    original = probes.measure
+
+    def measure(*args, step, **kwargs):
+        return dataclasses.replace(original(*args, step=step, **kwargs), total_variation=0.5 if step > 2 else 0.0)
+
+    monkeypatch.setattr(probes, "measure", measure)
+    given = ["--dataset_test_split", "train", "--max_steps", "6", "--probe_steps", "1", "--probe_early_stopping"]
+    assert main(["cwdpo", *flags, *given, "--probe_restore_best", str(restores)]) == 3
+    assert "Stopping after step 4: drift, 2 probes in a row" in capsys.readouterr().out
+    written = record(tmp_path)
+    assert (written["global_step"], written["stopped_by"]) == (4, None)
+    assert written["stopped_by_rules"][0].startswith("drift, 2 probes in a row")
+    best = written["best_checkpoint"]
+    saved, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tmp_path / "out" / best))
+    assert all(torch.equal(value, kept[name]) for name, value in saved.items()) == restores

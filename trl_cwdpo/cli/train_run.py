@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
+from trl_cwdpo.callbacks import ProbeEarlyStoppingCallback
 from trl_cwdpo.cli.checkpoints import broken_checkpoints, checkpoint_to_resume, last_checkpoint
 from trl_cwdpo.cli.command_line import CommandLine
 from trl_cwdpo.cli.env import versions
 from trl_cwdpo.cli.errors import CommandError
-from trl_cwdpo.cli.exit_codes import DONE, of_signal
+from trl_cwdpo.cli.exit_codes import DONE, STOPPED_BY_RULE, of_signal
 from trl_cwdpo.cli.interrupts import SignalWatch
 from trl_cwdpo.cli.launching import check_num_processes
 from trl_cwdpo.cli.model_card import add_recipe, recipe
@@ -96,7 +97,9 @@ class Run:
                 self._push(trainer)
             # Finishes the trackers and the process group
             trainer.accelerator.end_training()
-        return DONE if stopper.stopped_by is None else of_signal(stopper.stopped_by)
+        if stopper.stopped_by is not None:
+            return of_signal(stopper.stopped_by)
+        return STOPPED_BY_RULE if _rules_that_fired(trainer) else DONE
 
     def _build(self) -> Any:  # noqa: ANN401 (either trainer)
         script, args, model, mixture, data = self.arguments
@@ -204,6 +207,8 @@ class Run:
             "global_step": state.global_step,
             "max_steps": state.max_steps,
             "stopped_by": stopper.stopped_by and signal.Signals(stopper.stopped_by).name,
+            "stopped_by_rules": list(_rules_that_fired(trainer)),
+            "best_checkpoint": state.best_model_checkpoint and Path(state.best_model_checkpoint).name,
             "numbers": self._numbers(trainer),
             "versions": versions(),
         }
@@ -227,6 +232,12 @@ class Run:
     def _say(self, text: str) -> None:
         if self.is_main:
             self.log.say(text)
+
+
+def _rules_that_fired(trainer: Any) -> tuple[str, ...]:  # noqa: ANN401 (either trainer)
+    """The rules over probes that have stopped the run, in words."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((c.stopped for c in callbacks if isinstance(c, ProbeEarlyStoppingCallback)), ())
 
 
 def _split(dataset: Any, option: str, name: str) -> Any:  # noqa: ANN401 (whichever kind of dataset)

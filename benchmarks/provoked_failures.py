@@ -1,0 +1,167 @@
+"""Do the probes name what was done to a run? Four provoked failures and a healthy run, on several seeds.
+
+    python benchmarks/provoked_failures.py --output_dir outputs/provoked [--seeds 5] [--only swapped]
+
+Stage 2 on the shapes task, from the pretrained tiny model, 60 steps with a probe every 20, by `trl-cwdpo cwdpo` as a
+user would run it. Each run's folder stays, with its `probes.jsonl`; `provoked.json` has the verdicts. A run whose
+`probes.jsonl` is complete is not repeated.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+
+from trl_cwdpo.cli import main as command
+from trl_cwdpo.cli.demo import default_cache_dir
+from trl_cwdpo.probe_records import ProbeRecord, read_records
+from trl_cwdpo.shapes import pretrain, write_dataset
+from trl_cwdpo.signals import diagnose, raised_flags
+
+STEPS, EVERY = 60, 20
+COMMON = {
+    "max_steps": STEPS,
+    "probe_steps": EVERY,
+    # More than the default, since a third of them are hard and a third easy, and one family decides
+    "probe_dataset_size": 192,
+    "per_device_train_batch_size": 16,
+    "beta": 0.5,
+    "learning_rate": 3e-5,
+    "warmup_steps": 6,
+    "max_length": "none",
+    "use_cpu": "true",
+    "bf16": "false",
+    "gradient_checkpointing": "false",
+    "logging_steps": 5,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+class Scenario(NamedTuple):
+    """What is done to a run, and what the probes should say: these names among the diagnosis and the flags."""
+
+    data: str
+    options: dict[str, float | str]
+    expected: frozenset[str]
+
+
+SCENARIOS = {
+    # Default mode, calibrated floor and temperature
+    "healthy": Scenario("plain", {"learning_rate": 6e-5}, frozenset({"healthy"})),
+    # β·L·τ = 0.1 · 10 · 3 = 3, and a learning rate 17 times as high
+    "squeezing": Scenario(
+        "plain",
+        {"beta": 0.1, "cooling_floor": -6.0, "cooling_temperature": 3.0, "learning_rate": 1e-3},
+        frozenset({"squeezing", "displacement"}),
+    ),
+    # Easy negatives only, under a floor for which they are easy, and β·L·τ = 0.5 · 5 · 1.5 = 3.75
+    "easy": Scenario(
+        "easy",
+        {"cooling_floor": -7.0, "cooling_temperature": 1.5, "learning_rate": 1e-4},
+        frozenset({"easy negatives dominate"}),
+    ),
+    # A floor above every log-probability there is
+    "cooled": Scenario("plain", {"cooling_floor": 2.0, "cooling_temperature": 0.3}, frozenset({"cooled out"})),
+    # Chosen and rejected exchanged in the training data; floor and temperature of a healthy run
+    "swapped": Scenario(
+        "swapped",
+        {"cooling_floor": -6.0, "cooling_temperature": 0.3, "learning_rate": 1e-4},
+        frozenset({"labels swapped or mask wrong"}),
+    ),
+}
+
+
+def variant(data: DatasetDict, name: str) -> Dataset:
+    """The training data of a scenario."""
+    rows = data["train"]
+    if name == "easy":
+        return rows.filter(lambda row: row["grade"] == "easy")
+    if name == "swapped":
+        return rows.rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    return rows
+
+
+def write_variants(folder: Path) -> dict[str, Path]:
+    """All training data beside the same held-out pairs, as folders of Parquet files."""
+    cache = default_cache_dir()
+    source = write_dataset(cache / "shapes-2000-500-seed0", num_test=500)
+    data = load_dataset(str(source), cache_dir=str(cache / "arrow"))
+    found = {}
+    for name in {scenario.data for scenario in SCENARIOS.values()}:
+        found[name] = folder / "data" / name
+        found[name].mkdir(parents=True, exist_ok=True)
+        variant(data, name).to_parquet(found[name] / "train.parquet")
+        data["test"].to_parquet(found[name] / "test.parquet")
+    return found
+
+
+def verdict(records: list[ProbeRecord]) -> dict[str, object]:
+    """What the last probe says, and every flag on the way."""
+    last = diagnose(records[-1])
+    flags = [raised_flags(records[: end + 1]) for end in range(len(records))]
+    return {
+        "diagnosis": last.name,
+        "reason": last.reason,
+        "flags": sorted(flags[-1]),
+        "ever_raised": sorted({name for raised in flags for name in raised}),
+    }
+
+
+def is_right(name: str, found: dict[str, object]) -> bool:
+    """Whether the verdict names what was done; of a healthy run, whether no flag was ever raised as well."""
+    if name == "healthy":
+        return found["diagnosis"] == "healthy" and not found["ever_raised"]
+    return bool({found["diagnosis"], *found["ever_raised"]} & SCENARIOS[name].expected)
+
+
+def train(name: str, seed: int, model: str, data: Path, output: Path) -> list[ProbeRecord]:
+    """The probes of one run."""
+    if (output / "probes.jsonl").exists():
+        records = read_records(output)
+        if records[-1].step == STEPS:
+            return records
+    options = {
+        **COMMON,
+        **SCENARIOS[name].options,
+        "model_name_or_path": model,
+        "dataset_name": str(data),
+        "output_dir": str(output),
+        "seed": seed,
+    }
+    code = command(["cwdpo", *(word for key, value in options.items() for word in (f"--{key}", str(value)))])
+    if code:
+        sys.exit(f"{output} ended with exit code {code}")
+    return read_records(output)
+
+
+def main() -> None:
+    """Run what is missing, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", choices=list(SCENARIOS), nargs="+", default=list(SCENARIOS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model = str(pretrain(default_cache_dir() / "tiny-vlm-800-20000-seed0").path)
+    data = write_variants(arguments.output_dir)
+    results: dict[str, dict[str, dict[str, object]]] = {name: {} for name in arguments.only}
+    for seed in range(arguments.seeds):
+        for name in arguments.only:
+            output = arguments.output_dir / f"{name}-{seed}"
+            found = verdict(train(name, seed, model, data[SCENARIOS[name].data], output))
+            results[name][str(seed)] = {**found, "right": is_right(name, found)}
+            print(f"{name} seed {seed}: {found['diagnosis']}; flags {found['ever_raised']}", flush=True)
+    (arguments.output_dir / "provoked.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    for name, seeds in results.items():
+        right = sum(bool(found["right"]) for found in seeds.values())
+        said = sorted({str(found["diagnosis"]) for found in seeds.values()})
+        print(f"{name:10} {right} of {len(seeds)} right; diagnosis {', '.join(said)}")
+
+
+if __name__ == "__main__":
+    main()
