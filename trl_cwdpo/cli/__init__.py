@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "recipes": Command("list, show or copy the recipes that come along", "trl_cwdpo.cli.run:recipes"),
     "sft": Command("train stage 1: SFT with gentle negatives", "trl_cwdpo.cli.train:sft"),
     "cwdpo": Command("train stage 2: Cooling-Weighted DPO", "trl_cwdpo.cli.train:cwdpo"),
+    "evaluate": Command("measure models against a reference on held-out pairs", "trl_cwdpo.cli.evaluate:main"),
     "report": Command(
         "write an HTML report of runs: what training did, and what to change", "trl_cwdpo.cli.report:main"
     ),

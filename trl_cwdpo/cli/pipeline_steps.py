@@ -210,13 +210,13 @@ def evaluate(recipe: Recipe, layout: Layout) -> str:
     Returns:
         `str`: What to say of it.
     """
-    from trl_cwdpo.cli.pipeline_evaluation import evaluate_models, table
+    from trl_cwdpo.cli.pipeline_evaluation import evaluate_models
 
     rows = _held_out(recipe, layout)
     models = {"start": start_model(recipe), STAGE1: stage1_result(recipe), STAGE2: str(layout / STAGE2)}
     result = evaluate_models(models, STAGE1, rows, recipe)
-    write_json(layout / EVALUATION, result)
-    return f"{table(result)}\n"
+    write_json(layout / EVALUATION, result.to_dict())
+    return f"{result.table()}\n"
 
 
 def report(recipe: Recipe, layout: Layout) -> str:

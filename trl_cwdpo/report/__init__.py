@@ -5,14 +5,17 @@ by plotly (`interactive`) and by matplotlib (`pictures`), so that a page is read
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from trl_cwdpo.probe_examples import ProbeExample
+from trl_cwdpo.probe_records import ProbeRecord
+from trl_cwdpo.report.comparison import comparison_part
 from trl_cwdpo.report.contents import charts_of, page_of, summary_of
 from trl_cwdpo.report.page import render
 from trl_cwdpo.report.pictures import save_png
-from trl_cwdpo.report.tracks import NoRunError, Runs, Track, read_runs
+from trl_cwdpo.report.tracks import NoRunError, Runs, Track, distinct_names, read_runs
 from trl_cwdpo.report.verdicts import Verdict, judge
 
 __all__ = [
@@ -20,9 +23,11 @@ __all__ = [
     "Runs",
     "Track",
     "Verdict",
+    "distinct_names",
     "judge",
     "missing_packages",
     "read_runs",
+    "render_comparison",
     "render_report",
     "save_pngs",
     "summary_of",
@@ -69,10 +74,27 @@ def write_report(folders: Iterable[str | os.PathLike[str]], file: str | os.PathL
 
 def render_report(runs: Runs) -> str:
     """The HTML of a report; raises `ImportError` if a package of the extra `report` is missing."""
+    _require_packages()
+    return render(*page_of(runs))
+
+
+def render_comparison(
+    records: Mapping[str, ProbeRecord],
+    reference: str,
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    note: str,
+    examples: Sequence[ProbeExample] = (),
+) -> str:
+    """The HTML of a comparison of models, see [`~trl_cwdpo.report.comparison.comparison_part`]."""
+    _require_packages()
+    part = comparison_part(records, reference, table, note, examples)
+    return render("Models on held-out pairs", ", ".join(records), [part])
+
+
+def _require_packages() -> None:
     missing = missing_packages()
     if missing:
         raise ImportError(f"A report needs {', '.join(missing)}, which the extra `report` installs: {INSTALL}")
-    return render(*page_of(runs))
 
 
 def save_pngs(runs: Runs, folder: str | os.PathLike[str]) -> list[Path]:

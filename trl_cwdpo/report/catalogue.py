@@ -18,6 +18,7 @@ STEP = "optimizer step"
 PER_TOKEN = "nats per token"
 DIAGNOSED = ("chosen", "rejected_hard", "rejected_easy", "argmax")
 CONTROLS = ("rejected", "rephrase", "mismatched", "shuffled")
+FAMILY_ORDER = ("chosen", "rephrase", "rejected", "rejected_hard", "rejected_easy", "mismatched", "shuffled", "argmax")
 STYLES = {"rejected_hard": "dash", "rejected_easy": "dot", "mismatched": "dash", "shuffled": "dot"}
 FAMILY_NOTES = {
     "chosen": "Should rise, or at least hold. A fall while the margin grows is displacement.",
@@ -365,10 +366,10 @@ def _reliability(tracks: Sequence[Track]) -> Chart:
         first, last = track.records[0], track.records[-1]
         if len(tracks) == 1:
             if first is not last:
-                lines.append(_reliability_line(first, f"step {first.step}", "mismatched", "dash"))
-            lines.append(_reliability_line(last, f"step {last.step}", "chosen"))
+                lines.append(reliability_line(first, f"step {first.step}", "mismatched", "dash"))
+            lines.append(reliability_line(last, f"step {last.step}", "chosen"))
         else:
-            lines.append(_reliability_line(last, f"{track.name}, step {last.step}", color_of(position)))
+            lines.append(reliability_line(last, f"{track.name}, step {last.step}", color_of(position)))
     return Chart(
         "reliability",
         "Reliability",
@@ -382,7 +383,8 @@ def _reliability(tracks: Sequence[Track]) -> Chart:
     )
 
 
-def _reliability_line(record: ProbeRecord, name: str, color: str, style: str = "solid") -> Line:
+def reliability_line(record: ProbeRecord, name: str, color: str, style: str = "solid") -> Line:
+    """The reliability diagram of one probe as a curve."""
     bins = [(confidence, accuracy) for count, confidence, accuracy in record.reliability if count]
     xs, ys = tuple(x for x, _ in bins), tuple(y for _, y in bins)
     return Line(name, color, xs, ys, style=style)  # type: ignore[arg-type]

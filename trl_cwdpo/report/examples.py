@@ -63,7 +63,7 @@ def notable_examples(track: Track, count: int = SHOWN) -> list[tuple[str, str, l
     easiest = [row for row in reversed(ranked) if row not in hardest][:count]
     measure = "cooling weight" if by_weight else "average log-probability"
     kinds = [
-        ("Hardest negatives", f"The rejected responses with the largest {measure} in the last probe. Look whether "
+        ("Hardest negatives", f"The rejected responses with the largest {measure}. Look whether "
          "they are really worse than the chosen ones: the hardest are often mislabelled.", hardest),
         ("Most cooled negatives" if by_weight else "Easiest negatives", f"Those with the smallest {measure}: they "
          "teach the model nothing any more. Look whether they were worth having.", easiest),

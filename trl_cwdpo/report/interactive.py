@@ -140,7 +140,7 @@ def _layout(chart: Chart) -> dict[str, Any]:
         y_axis["range"] = list(chart.y_range)
     if chart.categories:
         ticks = [_short(name) for name in chart.categories]
-        x_axis |= {"tickmode": "array", "tickvals": list(range(len(ticks))), "ticktext": ticks}
+        x_axis |= {"tickmode": "array", "tickvals": list(range(len(ticks))), "ticktext": ticks, "tickangle": -30}
         x_axis["range"] = [-0.5, len(ticks) - 0.5]
     guides = [_guide(guide.value) for guide in chart.guides]
     labels = [_guide_label(guide.label, guide.value) for guide in chart.guides if guide.value is not None]

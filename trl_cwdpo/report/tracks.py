@@ -119,7 +119,7 @@ def read_runs(folders: Iterable[str | os.PathLike[str]]) -> Runs:
     paths = list(dict.fromkeys(Path(folder) for folder in folders))
     tracks: list[Track] = []
     evaluations: dict[str, dict[str, Any]] = {}
-    for path, name in zip(paths, _names(paths), strict=True):
+    for path, name in zip(paths, distinct_names(paths), strict=True):
         found = _read_folder(path, name)
         if not found:
             raise NoRunError(_no_run(path))
@@ -130,9 +130,9 @@ def read_runs(folders: Iterable[str | os.PathLike[str]]) -> Runs:
     return Runs(tuple(tracks), evaluations)
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of paths that tell them apart."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [path.absolute().parts for path in paths]
     names = ["/".join(part[-1:]) for part in parts]
     for length in range(2, max(map(len, parts), default=0) + 1):
         if len(set(names)) == len(names):

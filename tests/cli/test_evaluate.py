@@ -1,0 +1,173 @@
+"""`trl-cwdpo evaluate`: the probes' measurement between any two checkpoints, with errors that say what to do."""
+
+import json
+
+import peft
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from trl_cwdpo.cli import main, model_comparison
+from trl_cwdpo.cli.evaluate_run import named_models
+from trl_cwdpo.cli.model_comparison import Measure
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """The text model with other weights."""
+    return tiny.save_text_model(tmp_path_factory.mktemp("others") / "tuned", seed=1)
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    tiny.pairs(12, seed=7).to_json(file)
+    return str(file)
+
+
+def evaluate(*words):
+    return main(["evaluate", *map(str, words)])
+
+
+def average_logps(path, row, side):
+    """ℓ̄ of a response by plain logits."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), tiny.tokenizer()
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+    with torch.no_grad():
+        logps = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    return sum(logps[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))) / (len(whole) - len(prompt))
+
+
+def test_numbers_are_those_of_plain_logits(text_model, other_model, pairs_file, tmp_path, capsys):
+    out = tmp_path / "n.json"
+    assert (
+        evaluate(other_model, "--reference", text_model, "--dataset_name", pairs_file, "--size", 5, "--json", out) == 0
+    )
+    found = json.loads(out.read_text())
+    assert (found["reference"], found["num_pairs"]) == ("text_model0", 5)
+    assert list(found["models"]) == ["text_model0", "tuned"]
+    reference, tuned = (found["records"][name] for name in found["models"])
+    rows = tiny.pairs(12, seed=7)
+    drawn = torch.tensor(tuned["families"]["chosen"]["rows"])
+    assert drawn.tolist() == [0, 1, 2, 3, 4]
+    from trl_cwdpo.probe_rows import choose_rows
+
+    indices = [row.index for row in choose_rows(rows, tiny.tokenizer(), 5, max_length=1024, seed=42).rows]
+    for side in ("chosen", "rejected"):
+        ours = tuned["families"][side]["row_avg_logps"]
+        plain = [average_logps(other_model, rows[index], side) for index in indices]
+        assert ours == pytest.approx(plain, abs=1e-4)
+        change = sum(ours) / 5 - sum(reference["families"][side]["row_avg_logps"]) / 5
+        assert found["models"]["tuned"]["families"][side]["delta0"]["mean"] == pytest.approx(change, abs=1e-6)
+    assert found["models"]["text_model0"]["tv"] == pytest.approx(0.0, abs=1e-6)
+    assert found["models"]["tuned"]["tv"] > 0.01
+    said = capsys.readouterr().out
+    assert "5 held-out pairs; changes and distances from text_model0" in said
+    assert f"Numbers: {out}" in said
+
+
+def test_page(text_model, other_model, pairs_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trl_cwdpo.report.page.svg", lambda chart: "<svg/>")
+    page = tmp_path / "e.html"
+    words = [other_model, "--reference", text_model, "--dataset_name", pairs_file, "--size", 6, "--html", page]
+    assert evaluate(*words, "--json", "-") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["num_pairs"] == 6
+    assert "Page:" in captured.err
+    text = page.read_text()
+    assert "Against text_model0" in text
+    assert 'data-chart="families"' in text
+    assert "Hardest negatives" not in text or "average log-probability" in text
+    figures = json.loads(text.split('id="figures">')[1].split("</script>")[0])
+    assert figures["families"]["layout"]["xaxis"]["ticktext"][0] == "chosen"
+    assert len(figures["families"]["data"][0]["error_y"]["array"]) == 7
+
+
+def test_adapters(text_model, pairs_file, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(text_model)
+    for seed, name in ((0, "a"), (1, "b")):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(model, config)
+        adapted.save_pretrained(tmp_path / name)
+        model = adapted.unload()
+    words = [tmp_path / "a", tmp_path / "b", "--reference", text_model, "--dataset_name", pairs_file]
+    assert evaluate(*words, "--json", "-") == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert list(models) == ["text_model0", "a", "b"]
+    assert models["text_model0"]["tv"] == pytest.approx(0.0, abs=1e-6)
+    assert models["a"]["tv"] > 1e-4
+    assert models["a"]["tv"] != models["b"]["tv"]
+
+
+def test_rows_of_a_run(text_model, pairs_file, tmp_path, capsys):
+    (tmp_path / "split.json").write_text(json.dumps({"held_out": [1, 4, 9]}))
+    rows = f"{tmp_path / 'split.json'}:held_out"
+    words = [text_model, "--reference", text_model, "--dataset_name", pairs_file]
+    assert evaluate(*words, "--eval_rows", rows) == 0
+    assert "3 held-out pairs" in capsys.readouterr().out
+    assert evaluate(*words, "--eval_rows", f"{tmp_path / 'split.json'}:other") == 1
+    assert "it has 'held_out'" in capsys.readouterr().err
+
+
+def test_further_measures_are_shown(text_model, pairs_file, monkeypatch, capsys):
+    def ask(pairs, processor, settings):
+        measured = Measure(lambda model: {"answer": float(len(pairs))}, (("the\nanswer", "answer", "{:.1f}".format),))
+        return measured if settings.size == 3 else None
+
+    monkeypatch.setattr(model_comparison, "MEASURES", (ask,))
+    words = [text_model, "--reference", text_model, "--dataset_name", pairs_file]
+    assert evaluate(*words, "--size", 3) == 0
+    said = capsys.readouterr().out
+    assert "answer" in said
+    assert "3.0" in said
+    assert evaluate(*words, "--size", 4) == 0
+    assert "answer" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset_name", "nowhere.jsonl"], "nowhere.jsonl: "),
+        (["--split", "validation"], "there is no split 'validation'; choose one of 'train' with --split"),
+        (["--columns", '{"prompt": "question"}'], "`columns` maps 'prompt' to 'question'"),
+        (["--html", "no/such/folder/e.html"], "name a file in a folder that exists"),
+    ],
+)
+def test_errors(text_model, pairs_file, options, message, capsys):
+    words = [text_model, "--reference", text_model, "--dataset_name", pairs_file]
+    assert evaluate(*words, *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_models_that_do_not_fit(text_model, vision_model, pairs_file, tmp_path, capsys):
+    assert evaluate(vision_model, "--reference", text_model, "--dataset_name", pairs_file) == 1
+    assert "different tokens" in capsys.readouterr().err
+    assert evaluate(tmp_path / "gone", "--reference", text_model, "--dataset_name", pairs_file) == 1
+    assert "gone" in capsys.readouterr().err
+    assert evaluate(text_model, "--reference", tmp_path / "gone", "--dataset_name", pairs_file) == 1
+    assert "The tokenizer of the reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no MODEL given"),
+        (["m", "--dataset_name", "d"], "--reference is missing"),
+        (["m", "--reference", "r"], "--dataset_name is missing"),
+        (["m", "--reference", "r", "--dataset", "d", "--size", "0"], "--size must be 1 or more, got 0"),
+    ],
+)
+def test_wrong_usage(words, message, capsys):
+    assert evaluate(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names():
+    assert named_models("a/stage1", ["a/stage2", "b/stage2", "a/stage1"]) == {
+        "stage1": "a/stage1",
+        "a/stage2": "a/stage2",
+        "b/stage2": "b/stage2",
+    }

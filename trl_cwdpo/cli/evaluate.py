@@ -1,0 +1,108 @@
+"""`trl-cwdpo evaluate`: the measurement of the probes between any two checkpoints, after the fact.
+
+This module stays light, so that `--help` answers at once; loading and measuring are in `evaluate_run.py`.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from trl_cwdpo.formats import LAYOUTS, parse_columns
+
+
+def main(argv: Sequence[str]) -> int:
+    """
+    Compare models with a reference.
+
+    Args:
+        argv (`Sequence[str]`):
+            The arguments after the command's name.
+
+    Returns:
+        `int`: The exit code.
+    """
+    arguments = _parse(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    from trl_cwdpo.cli.evaluate_run import run  # takes seconds: torch, transformers, TRL
+
+    return run(arguments)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.models:
+        parser.error("no MODEL given: name a folder, an adapter, or a model on the hub")
+    for name in ("reference", "dataset_name"):
+        if getattr(arguments, name) is None:
+            parser.error(f"--{name} is missing")
+    try:
+        arguments.columns = parse_columns(arguments.columns)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in ("size", "batch_size", "max_length"):
+        value = getattr(arguments, name)
+        if value < (0 if name == "max_length" else 1):
+            parser.error(f"--{name} must be {'0 (no limit)' if name == 'max_length' else 1} or more, got {value}")
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-cwdpo evaluate",
+        usage="trl-cwdpo evaluate MODEL [MODEL ...] --reference MODEL --dataset_name DATA [options]",
+        description=(
+            "Measure on held-out preference pairs how models differ from a reference: what became of chosen, "
+            "rejected, mismatched, shuffled and greedy responses, margins, calibration, and the distance. "
+            "Models are folders, PEFT adapters, checkpoints, or names on the hub."
+        ),
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="what to measure")
+    parser.add_argument("--reference", metavar="MODEL", help="the model that changes and distances refer to")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset_name", "--dataset", metavar="DATA", help="a file, a folder, or the name of a dataset on the hub"
+    )
+    data.add_argument("--dataset_config", metavar="NAME", help="configuration of a dataset on the hub")
+    data.add_argument(
+        "--split", "--dataset_test_split", help="split to measure on (default: test, or the only one there is)"
+    )
+    data.add_argument(
+        "--eval_rows",
+        metavar="FILE.json:KEY",
+        help="rows to measure on, as `trl-cwdpo run` writes them (split.json:held_out); of the split train by default",
+    )
+    data.add_argument(
+        "--columns",
+        default="auto",
+        help=f"layout of the data (auto, {', '.join(LAYOUTS)}), or a mapping of columns as JSON (default: auto)",
+    )
+    data.add_argument("--image_folder", metavar="DIR", help="folder of the pictures (default: that of the data)")
+    how = parser.add_argument_group("measurement")
+    how.add_argument("--size", type=int, default=256, metavar="N", help="pairs to measure on (default: %(default)s)")
+    how.add_argument("--batch_size", type=int, default=8, metavar="N", help="pairs a forward pass (default: 8)")
+    how.add_argument(
+        "--max_length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="longest prompt plus response in tokens, as in training; 0 cuts nothing off (default: %(default)s)",
+    )
+    how.add_argument(
+        "--truncation_mode",
+        choices=("keep_start", "keep_end"),
+        default="keep_start",
+        help="which end of a longer text is kept (default: %(default)s)",
+    )
+    how.add_argument("--seed", type=int, default=42, metavar="N", help="which pairs are drawn (default: %(default)s)")
+    how.add_argument(
+        "--trust_remote_code", action="store_true", help="let code that comes with a model on the hub run"
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument("--json", metavar="FILE", help="also write all numbers; - writes them here and nothing else")
+    results.add_argument(
+        "--html", metavar="FILE", type=Path, help="also write a page with charts (needs the extra `report`)"
+    )
+    return parser
