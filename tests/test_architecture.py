@@ -47,10 +47,11 @@ LAYERS: tuple[frozenset[str], ...] = (
             "upstream",
         }
     ),
-    frozenset({"cwdpo_config", "gentle_negative_sft_config", "probe_rows", "reference_keys"}),
+    frozenset({"cwdpo_config", "gentle_negative_sft_config", "probe_rows", "reference_keys", "signals"}),
     # What the trainers are put together from.
     frozenset(
         {
+            "alerts",
             "faults",
             "initial_negatives",
             "lengths",
@@ -64,7 +65,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     # What trainers add to themselves.
-    frozenset({"probes", "negatives", "signals"}),
+    frozenset({"probes", "negatives"}),
     frozenset({"callbacks"}),
     frozenset({"cwdpo_trainer", "gentle_negative_sft_trainer"}),
     frozenset({"audit", "evaluation", "report"}),
@@ -270,7 +271,7 @@ def test_no_machine_paths():
     ("source", "target", "expected"),
     [
         ("objectives", "calibration", "above"),
-        ("signals", "probes", "beside"),
+        ("negatives", "probes", "beside"),
         ("shapes", "objectives", "may import nothing"),
         ("probes", "shapes", "only cli"),
         ("cwdpo_config", "upstream", "may import"),

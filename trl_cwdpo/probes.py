@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import upstream
+from .alerts import ProbeAlertCallback
 from .preserved import evaluation_mode, preserved_random_state
 from .probe_measures import gradient_spikes
 from .probe_options import FAMILIES, FORWARD_FAMILIES, check_families
@@ -162,6 +163,8 @@ class DeltaLogpProbeCallback(TrainerCallback):
         self._reference_saw: dict[Any, Any] | None = None
         if not any(isinstance(callback, RunState) for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(RunState())
+        if not any(isinstance(callback, ProbeAlertCallback) for callback in trainer.callback_handler.callbacks):
+            trainer.add_callback(ProbeAlertCallback())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

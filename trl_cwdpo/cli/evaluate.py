@@ -7,6 +7,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trl_cwdpo.formats import LAYOUTS, parse_columns
 
@@ -61,7 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("models", metavar="MODEL", nargs="*", help="what to measure")
     parser.add_argument("--reference", metavar="MODEL", help="the model that changes and distances refer to")
-    data = parser.add_argument_group("data")
+    _add_data(parser.add_argument_group("data"))
+    _add_measurement(parser.add_argument_group("measurement"))
+    results = parser.add_argument_group("results")
+    results.add_argument("--json", metavar="FILE", help="also write all numbers; - writes them here and nothing else")
+    results.add_argument(
+        "--html", metavar="FILE", type=Path, help="also write a page with charts (needs the extra `report`)"
+    )
+    return parser
+
+
+def _add_data(data: Any) -> None:  # noqa: ANN401 (argparse keeps the class private)
     data.add_argument(
         "--dataset_name", "--dataset", metavar="DATA", help="a file, a folder, or the name of a dataset on the hub"
     )
@@ -80,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"layout of the data (auto, {', '.join(LAYOUTS)}), or a mapping of columns as JSON (default: auto)",
     )
     data.add_argument("--image_folder", metavar="DIR", help="folder of the pictures (default: that of the data)")
-    how = parser.add_argument_group("measurement")
+
+
+def _add_measurement(how: Any) -> None:  # noqa: ANN401 (argparse keeps the class private)
     how.add_argument("--size", type=int, default=256, metavar="N", help="pairs to measure on (default: %(default)s)")
     how.add_argument("--batch_size", type=int, default=8, metavar="N", help="pairs a forward pass (default: 8)")
     how.add_argument(
@@ -100,9 +113,3 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--trust_remote_code", action="store_true", help="let code that comes with a model on the hub run"
     )
-    results = parser.add_argument_group("results")
-    results.add_argument("--json", metavar="FILE", help="also write all numbers; - writes them here and nothing else")
-    results.add_argument(
-        "--html", metavar="FILE", type=Path, help="also write a page with charts (needs the extra `report`)"
-    )
-    return parser
