@@ -230,11 +230,6 @@ def _cooling(tracks: Sequence[Track], thresholds: SignalThresholds) -> tuple[Cha
         (Guide("used up", thresholds.cooled_weight),),
         y_range=(0.0, 1.0),
     )
-    if len(tracks) == 1:
-        trained = _curves(tracks, lambda record: getattr(record, "trained_weight", None), "in training", "rejected_easy")
-        lines = tuple(replace(line, name="on probed rows") for line in weights.lines)
-        if trained[0].x:
-            weights = replace(weights, lines=(*lines, *(replace(line, style="dash") for line in trained)))
     easy = Chart(
         "easy-share",
         "Easy negatives",
