@@ -7,8 +7,9 @@ import json
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from trl_cwdpo.cli import main
 from trl_cwdpo.cli.errors import CommandError
-from trl_cwdpo.cli.evaluate_responses import GeneratedResponses, add_arguments, references_of, table
+from trl_cwdpo.cli.evaluate_responses import GeneratedResponses, add_arguments, references_of
 from trl_cwdpo.evaluation.win_rate import Comparison
 from trl_cwdpo.probe_rows import choose_rows
 from trl_cwdpo.shapes import Scene, judge
@@ -31,8 +32,8 @@ def collected(material, folder, *words):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     model, processor, dataset, rows = material
-    found = GeneratedResponses(parser.parse_args(words), dataset, rows, processor.tokenizer, folder)
-    found.collect("real", model)
+    found = GeneratedResponses(parser.parse_args([*words, "--responses_dir", str(folder)]), dataset)
+    found.collector(rows, processor)("real", model)
     chosen = [references_of(dataset[row.index])[0] for row in rows.rows]
     if found.wanted:
         found.responses |= {"right": chosen, "wrong": ["a b"] * len(chosen)}
@@ -43,7 +44,7 @@ def test_nothing_is_generated_unless_asked_for(material, tmp_path):
     found, _ = collected(material, tmp_path)
     assert found.responses == {}
     assert found.results("real", task="t") == {}
-    assert table({}, "real") == ""
+    assert found.columns == ()
 
 
 def test_the_oracle_judges(material, tmp_path):
@@ -51,14 +52,15 @@ def test_the_oracle_judges(material, tmp_path):
     results = found.results("wrong", task="t")
     assert results["right"]["win_rate"]["wins"] == 1.0
     assert results["right"]["win_rate"]["inconsistent"] == 0.0
-    assert "win_rate" not in results["wrong"]
+    assert results["wrong"]["win_rate"] is None
     assert all(len(text.split()) <= 3 for text in results["real"]["responses"])
     # Right by the oracle's own word
-    for row, text in zip(found.rows.rows, chosen, strict=True):
-        assert judge(text, Scene.from_json(material[2][row.index]["scene"])).exact
-    text = table(results, "wrong")
-    assert "100.0 %" in text
-    assert "against wrong" in text
+    for index, text in zip(found.indices, chosen, strict=True):
+        assert judge(text, Scene.from_json(material[2][index]["scene"])).exact
+    ((_, name, written),) = found.columns
+    assert written(results["right"][name]) == "100.0 % [100.0, 100.0]"
+    assert written(results["wrong"][name]) == "–"
+    assert "against wrong by oracle" in found.notes[0]
 
 
 def test_a_function_judges(material, tmp_path, monkeypatch):
@@ -74,9 +76,9 @@ def test_caption_scores(material, tmp_path):
     pytest.importorskip("pycocoevalcap")
     found, _ = collected(material, tmp_path, "--captions")
     results = found.results("real", task="t")
-    assert results["right"]["captions"]["scores"]["BLEU-4"] == pytest.approx(1.0)
-    assert results["wrong"]["captions"]["scores"]["BLEU-4"] < 0.1
-    assert "CIDEr" in table(results, "real")
+    assert results["right"]["BLEU-4"] == pytest.approx(1.0)
+    assert results["wrong"]["BLEU-4"] < 0.1
+    assert "CIDEr" in [name for _, name, _ in found.columns]
 
 
 def test_exports(material, tmp_path):
@@ -113,3 +115,21 @@ def test_no_oracle_without_scenes(material, tmp_path):
     model, processor, dataset, rows = material
     with pytest.raises(CommandError, match="no column `scene`"):
         collected((model, processor, dataset.remove_columns("scene"), rows), tmp_path, "--judge", "oracle")
+
+
+def test_the_command(vision_model, vision_pairs, tmp_path, capsys):
+    data, copy = tmp_path / "shapes.parquet", tmp_path / "copy"
+    vision_pairs["test"].to_parquet(data)
+    copy.symlink_to(vision_model)
+    words = [str(copy), "--reference", vision_model, "--dataset_name", str(data), "--size", "3"]
+    words += ["--judge", "oracle", "--max_new_tokens", "2", "--json", str(tmp_path / "n.json")]
+    assert main(["evaluate", *words, "--export", "lmms-eval", "--responses_dir", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    # The same model on both sides
+    assert "50.0 % [50.0, 50.0]" in shown
+    assert "by oracle, ties one half" in shown
+    numbers = json.loads((tmp_path / "n.json").read_text())["models"]["copy"]
+    assert numbers["win_rate"]["ties"] == 1.0
+    assert len(numbers["responses"]) == 3
+    assert numbers["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert list((tmp_path / "out" / "lmms-eval").iterdir())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_cwdpo.cli.evaluate_responses import add_arguments
 from trl_cwdpo.formats import LAYOUTS, parse_columns
 
 
@@ -43,7 +44,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         arguments.columns = parse_columns(arguments.columns)
     except ValueError as error:
         parser.error(str(error))
-    for name in ("size", "batch_size", "max_length"):
+    for name in ("size", "batch_size", "max_length", "max_new_tokens"):
         value = getattr(arguments, name)
         if value < (0 if name == "max_length" else 1):
             parser.error(f"--{name} must be {'0 (no limit)' if name == 'max_length' else 1} or more, got {value}")
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", metavar="MODEL", help="the model that changes and distances refer to")
     _add_data(parser.add_argument_group("data"))
     _add_measurement(parser.add_argument_group("measurement"))
+    add_arguments(parser)
     results = parser.add_argument_group("results")
     results.add_argument("--json", metavar="FILE", help="also write all numbers; - writes them here and nothing else")
     results.add_argument(

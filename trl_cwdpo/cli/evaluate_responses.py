@@ -4,16 +4,18 @@
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trl_cwdpo.cli.errors import CommandError
-from trl_cwdpo.cli.table import MISSING, format_table, number, percent
+from trl_cwdpo.cli.table import MISSING, number, percent
 
 ORACLE, REWARD, ENDPOINT = "oracle", "reward:", "endpoint:"
 EXPORTS = ("lmms-eval", "vlmevalkit")
 SCENE = "scene"
+# Header, name of the number, and how it is written
+Column = tuple[str, str, Callable[[Any], str]]
 # Columns that may hold several references of a row
 REFERENCE_COLUMNS = ("references", "captions")
 
@@ -55,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--export", choices=EXPORTS, action="append", default=[], help="also write responses for ...")
     group.add_argument(
+        "--responses_dir",
+        type=Path,
+        default=Path("outputs/evaluate"),
+        metavar="DIR",
+        help="folder of exports and of the judge's answers (default: %(default)s)",
+    )
+    group.add_argument(
         "--max_new_tokens", type=int, default=256, metavar="N", help="longest response (default: %(default)s)"
     )
 
@@ -67,13 +76,7 @@ class GeneratedResponses:
         arguments (`argparse.Namespace`):
             With the options of [`add_arguments`].
         dataset ([`~datasets.Dataset`]):
-            The dataset that the rows were drawn from.
-        rows ([`~trl_cwdpo.probe_rows.ProbeRows`]):
-            The rows.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        folder (`Path`):
-            Where exports and the judge's answers go.
+            The dataset that the rows are drawn from.
         batch_size (`int`, *optional*, defaults to `8`):
             Rows a batch.
 
@@ -81,39 +84,49 @@ class GeneratedResponses:
         CommandError: If the judge cannot be had.
     """
 
-    def __init__(
-        self,
-        arguments: argparse.Namespace,
-        dataset: Any,  # noqa: ANN401 (map-style)
-        rows: Any,  # noqa: ANN401 (importing its class takes seconds)
-        tokenizer: Any,  # noqa: ANN401
-        folder: Path,
-        batch_size: int = 8,
-    ) -> None:
-        self.arguments, self.rows, self.tokenizer, self.folder = arguments, rows, tokenizer, folder
-        self.batch_size = batch_size
+    def __init__(self, arguments: argparse.Namespace, dataset: Any, batch_size: int = 8) -> None:  # noqa: ANN401
+        self.arguments, self.dataset, self.batch_size = arguments, dataset, batch_size
         self.wanted = bool(arguments.judge or arguments.captions or arguments.export)
-        self.data = [dataset[row.index] for row in rows.rows] if self.wanted else []
         # Before models are loaded, which takes long
         self.judge = self._make_judge() if arguments.judge else None
+        self.indices: list[int] = []
+        self.data: list[dict[str, Any]] = []
         self.responses: dict[str, list[str]] = {}
+        self.columns: tuple[Column, ...] = ()
+        self.notes: list[str] = []
 
-    def collect(self, name: str, model: Any) -> None:  # noqa: ANN401 (either kind of model)
-        """Generate the responses of one model, if anything is to be done with them."""
-        from trl_cwdpo.evaluation.responses import generate_responses
+    def collector(self, rows: Any, processor: Any) -> Callable[[str, Any], None]:  # noqa: ANN401
+        """
+        A function to be called with name and model of each while it is loaded.
 
+        Args:
+            rows ([`~trl_cwdpo.probe_rows.ProbeRows`]):
+                The rows to respond to.
+            processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+                Processor or tokenizer.
+
+        Returns:
+            `Callable`.
+        """
         if self.wanted:
-            self.responses[name] = generate_responses(
-                model,
-                self.tokenizer,
-                self.rows,
-                max_new_tokens=self.arguments.max_new_tokens,
-                batch_size=self.batch_size,
-            )
+            self.indices = [row.index for row in rows.rows]
+            self.data = [self.dataset[index] for index in self.indices]
+        tokenizer = getattr(processor, "tokenizer", processor)
+
+        def collect(name: str, model: Any) -> None:  # noqa: ANN401 (either kind of model)
+            from trl_cwdpo.evaluation.responses import generate_responses
+
+            if self.wanted:
+                self.responses[name] = generate_responses(
+                    model, tokenizer, rows, max_new_tokens=self.arguments.max_new_tokens, batch_size=self.batch_size
+                )
+
+        return collect
 
     def results(self, reference: str, *, task: str) -> dict[str, dict[str, Any]]:
         """
-        Compare what was collected, and write the exports.
+        Compare what was collected, and write the exports. Afterwards `columns` says what a table shows of it, and
+        `notes` what a reader should know.
 
         Args:
             reference (`str`):
@@ -122,23 +135,31 @@ class GeneratedResponses:
                 Name of the dataset in the exports.
 
         Returns:
-            `dict[str, dict[str, Any]]`: By model, `responses` and, as asked for, `win_rate` and `captions`.
+            `dict[str, dict[str, Any]]`: By model, `responses` and, as asked for, `win_rate` and the caption scores by
+            their names.
         """
         from trl_cwdpo.evaluation.responses import compare_models, score_captions
 
         found: dict[str, dict[str, Any]] = {name: {"responses": texts} for name, texts in self.responses.items()}
+        columns: list[Column] = []
         if self.judge is not None:
-            for name, rate in compare_models(self.responses, self.data, reference, self.judge).items():
-                found[name]["win_rate"] = rate
-        if self.arguments.captions and found:
+            rates = compare_models(self.responses, self.data, reference, self.judge)
+            for name in found:
+                found[name]["win_rate"] = rates.get(name)
+            columns.append(("win-rate\n95 %", "win_rate", _win_rate))
+            self.notes.append(f"win-rates against {reference} by {self.arguments.judge}, ties one half")
+        if self.arguments.captions:
             try:
                 scored = score_captions(self.responses, [references_of(row) for row in self.data])
             except ModuleNotFoundError as error:
                 raise CommandError(str(error)) from error
             for name, scores in scored.items():
-                found[name]["captions"] = scores
+                found[name] |= scores["scores"]
+            columns += [(name, name, _score) for name in scored[reference]["scores"]]
+            self.notes += scored[reference]["notes"]
         for name in found:
             self._export(name, task)
+        self.columns = tuple(columns)
         return found
 
     def _make_judge(self) -> Any:  # noqa: ANN401 (a function of comparisons)
@@ -151,7 +172,7 @@ class GeneratedResponses:
 
                 return EndpointJudge(
                     arguments.judge.removeprefix(ENDPOINT),
-                    cache_dir=self.folder / "judge-cache",
+                    cache_dir=arguments.responses_dir / "judge-cache",
                     base_url=arguments.judge_url,
                     api_key_variable=arguments.judge_key_variable,
                     max_cost=arguments.judge_max_cost,
@@ -169,7 +190,7 @@ class GeneratedResponses:
         from trl_cwdpo.evaluation.win_rate import score_judge
         from trl_cwdpo.shapes.oracle import attribute_reward
 
-        if any(SCENE not in row for row in self.data):
+        if SCENE not in self.dataset.column_names:
             raise ValueError(f"the dataset has no column `{SCENE}`, so there is no oracle. Name another judge")
         return score_judge(
             lambda pairs: attribute_reward([pair.first for pair in pairs], [pair.row[SCENE] for pair in pairs])
@@ -178,57 +199,29 @@ class GeneratedResponses:
     def _export(self, name: str, task: str) -> None:
         from trl_cwdpo.evaluation.export import Response, write_lmms_eval, write_vlmevalkit
 
+        folder = self.arguments.responses_dir
         if not self.arguments.export:
             return
         rows = [
-            Response(row.index, prompt_text(data["prompt"]), text, references_of(data)[0], images_of(data))
-            for row, data, text in zip(self.rows.rows, self.data, self.responses[name], strict=True)
+            Response(index, prompt_text(data["prompt"]), text, references_of(data)[0], images_of(data))
+            for index, data, text in zip(self.indices, self.data, self.responses[name], strict=True)
         ]
         if "lmms-eval" in self.arguments.export:
-            write_lmms_eval(rows, self.folder / "lmms-eval", model=name, task=task)
+            write_lmms_eval(rows, folder / "lmms-eval", model=name, task=task)
         if "vlmevalkit" in self.arguments.export:
             one_picture_each = all(len(row.images) == 1 for row in rows)
-            write_vlmevalkit(rows, self.folder / "vlmevalkit", model=name, dataset=task, with_dataset=one_picture_each)
+            write_vlmevalkit(rows, folder / "vlmevalkit", model=name, dataset=task, with_dataset=one_picture_each)
 
 
-def table(found: Mapping[str, Mapping[str, Any]], reference: str) -> str:
-    """
-    Lay out what was measured with generated responses.
-
-    Args:
-        found (`Mapping[str, Mapping[str, Any]]`):
-            What [`GeneratedResponses.results`] returned.
-        reference (`str`):
-            The model that win-rates are against.
-
-    Returns:
-        `str`: A table, and notes below it; empty if nothing was measured.
-    """
-    scored = [numbers["captions"] for numbers in found.values() if "captions" in numbers]
-    judged = any("win_rate" in numbers for numbers in found.values())
-    if not scored and not judged:
-        return ""
-    names = list(scored[0]["scores"]) if scored else []
-    headers = ["", *(("win-rate", "95 %", "ties", "mind\nchanged") if judged else ()), *names]
-    lines = []
-    for name, numbers in found.items():
-        cells = [name, *(_win_rate_cells(numbers.get("win_rate")) if judged else ())]
-        lines.append([*cells, *(number(numbers["captions"]["scores"][key], 3) for key in names)])
-    notes = [f"  win-rates against {reference}, ties one half"] if judged else []
-    notes += [f"  {note}" for note in (scored[0]["notes"] if scored else [])]
-    return "\n".join([format_table(headers, lines), *notes])
-
-
-def _win_rate_cells(rate: Mapping[str, Any] | None) -> Sequence[str]:
+def _win_rate(rate: Mapping[str, Any] | None) -> str:
     if rate is None:
-        return [MISSING] * 4
-    interval, changed = rate["win_rate"], rate["inconsistent"]
-    return [
-        percent(interval["mean"]),
-        f"{100 * interval['low']:.1f}–{100 * interval['high']:.1f}",
-        percent(rate["ties"]),
-        MISSING if changed is None else percent(changed),
-    ]
+        return MISSING
+    interval = rate["win_rate"]
+    return f"{percent(interval['mean'])} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+
+
+def _score(value: float) -> str:
+    return number(value, 3)
 
 
 def references_of(row: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from datasets.exceptions import DatasetsError
 from trl_cwdpo import report
 from trl_cwdpo.cli.env import versions
 from trl_cwdpo.cli.errors import CommandError
+from trl_cwdpo.cli.evaluate_responses import GeneratedResponses
 from trl_cwdpo.cli.model_comparison import Comparison, Settings, compare_models
 from trl_cwdpo.cli.report import write_json
 from trl_cwdpo.cli.terminal import quiet
@@ -50,12 +52,36 @@ def run(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
         )
         check_tokens(models, reference, trust_remote_code=settings.trust_remote_code)
+        responses = GeneratedResponses(arguments, pairs, batch_size=arguments.batch_size)
         try:
-            found = compare_models(models, reference, pairs, settings)
+            found = compare_models(models, reference, pairs, settings, responses.collector)
+            found = with_responses(found, responses, task=Path(arguments.dataset_name).stem)
         except (OSError, ValueError) as error:
             raise CommandError(str(error)) from error
     _write(arguments, found, models)
+    for note in responses.notes:
+        print(f"  {note}", file=sys.stderr if arguments.json == "-" else sys.stdout)
     return 0
+
+
+def with_responses(found: Comparison, responses: GeneratedResponses, *, task: str) -> Comparison:
+    """
+    Add what was measured with generated responses.
+
+    Args:
+        found ([`Comparison`]):
+            The measurement so far.
+        responses ([`GeneratedResponses`]):
+            The responses of all its models.
+        task (`str`):
+            Name of the dataset in exports.
+
+    Returns:
+        [`Comparison`].
+    """
+    measured = responses.results(found.reference, task=task)
+    further = {name: {**numbers, **measured.get(name, {})} for name, numbers in found.further.items()}
+    return replace(found, further=further, columns=(*found.columns, *responses.columns))
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,9 @@ from trl_cwdpo.upstream.models import load_processor
 SCENE = "scene"
 
 
+MakeCollector = Callable[[ProbeRows, Any], Callable[[str, Any], None]]
+
+
 @dataclass(frozen=True)
 class Settings:
     """
@@ -137,7 +140,13 @@ class Comparison:
         return f"{format_table(*self.cells())}\n  {self.explanation()}"
 
 
-def compare_models(models: Mapping[str, str], reference: str, pairs: Any, settings: Settings) -> Comparison:  # noqa: ANN401
+def compare_models(
+    models: Mapping[str, str],
+    reference: str,
+    pairs: Any,  # noqa: ANN401 (map-style)
+    settings: Settings,
+    make_collector: MakeCollector | None = None,
+) -> Comparison:
     """
     Measure models on held-out pairs.
 
@@ -150,6 +159,9 @@ def compare_models(models: Mapping[str, str], reference: str, pairs: Any, settin
             The pairs.
         settings ([`Settings`]):
             How.
+        make_collector (`Callable`, *optional*):
+            Takes the rows and the processor, and returns a function that is called with name and model of each while
+            it is loaded.
 
     Returns:
         [`Comparison`].
@@ -166,10 +178,13 @@ def compare_models(models: Mapping[str, str], reference: str, pairs: Any, settin
     chosen = pairs.select([row.index for row in rows.rows])
     measures = [measure for ask in MEASURES if (measure := ask(chosen, processor, settings)) is not None]
     further: dict[str, dict[str, Any]] = {name: {} for name in models}
+    collect = None if make_collector is None else make_collector(rows, processor)
 
     def measure_further(name: str, model: Any) -> None:  # noqa: ANN401 (either kind of model)
         for measure in measures:
             further[name] |= measure.of_model(model)
+        if collect is not None:
+            collect(name, model)
 
     records = compare(
         models,
@@ -199,5 +214,5 @@ def numbers_of(record: ProbeRecord) -> dict[str, Any]:
         name: {"avg_logp": family["avg_logp"], "delta0": family["delta0"]}
         for name, family in plain["families"].items()
     }
-    distances = {"tv": plain["total_variation"], "js": plain["jensen_shannon"]}
+    distances = {"tv": plain["total_variation"], "js": plain["jensen_shannon"], "kl": plain["kullback_leibler"]}
     return {**{name: plain[name] for name in kept}, **distances, "families": families}
