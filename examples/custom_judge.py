@@ -37,11 +37,11 @@ def answers(model_name: str, prompts: Sequence[list[dict[str, str]]], max_new_to
     model, tokenizer = load_for_evaluation(model_name), AutoTokenizer.from_pretrained(model_name)
     texts = []
     for messages in prompts:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        texts.append(tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True))
+        response = output[:, inputs["input_ids"].size(1) :]
+        texts += tokenizer.batch_decode(response, skip_special_tokens=True)
     return texts
 
 
