@@ -23,6 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"_version"}),
     frozenset(
         {
+            "checkpoints",
             "formats",
             "negative_options",
             "objectives",
@@ -38,6 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "calibration",
             "data",
             "data_arguments",
+            "hangs",
             "image_paths",
             "paper",
             "preserved",

@@ -31,7 +31,7 @@ from .calibration import CoolingCalibration, calibrate
 from .callbacks import add_configured_callbacks
 from .cwdpo_config import CWDPOConfig
 from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits
-from .faults import stop_if_not_finite
+from .faults import GuardedTraining, stop_if_not_finite
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
 from .negative_options import check_fraction
@@ -39,10 +39,10 @@ from .negatives.refresh import RowKeepingCollator
 from .negatives.wiring import build_negatives, check_can_sample
 from .paper import PAPER
 from .reference_cache import COLUMNS, ReferenceCache
-from .run_state import RunState
+from .run_state import KeptTokenCount, RunState
 from .shared_prefix import SharesPrefixes
 from .upstream import reference
-from .upstream.resuming import FinishedRunStaysFinished
+from .upstream.resuming import CompleteCheckpoints, FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ EASY_WEIGHT = 0.1
 EXTREMES = {"cooling/weight_min": min, "cooling/weight_max": max}
 
 
-class CWDPOTrainer(SharesPrefixes, FinishedRunStaysFinished, DPOTrainer):
+class CWDPOTrainer(GuardedTraining, CompleteCheckpoints, SharesPrefixes, FinishedRunStaysFinished, DPOTrainer):
     r"""
     Trainer for Cooling-Weighted DPO, stage 2 of *Learning Dynamics of VLM Finetuning*
     ([arXiv 2510.11978](https://huggingface.co/papers/2510.11978)).
@@ -159,6 +159,7 @@ class CWDPOTrainer(SharesPrefixes, FinishedRunStaysFinished, DPOTrainer):
             self.data_collator, args.max_length, pictures_once=data_collator is None
         )
         self.add_callback(RunState())
+        self.add_callback(KeptTokenCount(self))
         # Sequence log-probabilities of the last loss, to name the rows behind a loss that is not finite
         self._last_logps: torch.Tensor | None = None
         self._amplification_checked = False

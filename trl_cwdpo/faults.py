@@ -1,14 +1,22 @@
-"""Bad numbers: stop a run before they reach the weights, and say where they come from."""
+"""What can go wrong in a step: bad numbers, too little memory, a process that does not get on; and what to do then.
 
+A loss that is not finite stops a run on all processes before it reaches the weights.
+"""
+
+import contextlib
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
+from . import upstream
 from .data import excerpt, find_pair
+from .hangs import HungProcessError, ProgressBoard, timed_out
 
 ROWS_SHOWN = 5
+REMEDIES_SHOWN = 3
 
 
 class NonFiniteLossError(RuntimeError):
@@ -94,3 +102,106 @@ def _text_rows(dataset: Any) -> Any:  # noqa: ANN401 (map-style or iterable)
     if not isinstance(dataset, Dataset):
         return ()
     return dataset.select_columns(["chosen", "rejected"])
+
+
+class GuardedTraining:
+    """
+    Mixin for a [`~transformers.Trainer`]: errors of a step that say what to do.
+
+    Raises `torch.OutOfMemoryError` with the cheapest remedies for this configuration, and [`HungProcessError`] naming
+    the process that the others have waited for.
+    """
+
+    args: Any
+    accelerator: Any
+    state: Any
+    _board: ProgressBoard | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the parent's own)
+        """
+        As the parent.
+
+        Raises:
+            HungProcessError: On several processes, if one of them did not get on within `ddp_timeout` seconds.
+        """
+        parent: Any = super()
+        if not torch.distributed.is_initialized() or self.accelerator.num_processes == 1:
+            return parent.train(*args, **kwargs)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self._board = ProgressBoard(rank, world, float(self.args.ddp_timeout))
+        try:
+            with self._board.watching():
+                return parent.train(*args, **kwargs)
+        except RuntimeError as error:
+            if not timed_out(error):
+                raise
+            text = str(error)
+            with contextlib.suppress(RuntimeError):  # the store may have gone with its process
+                text = f"{self._board.laggards()[1]} ({error})"
+            raise HungProcessError(text) from error
+        finally:
+            self._board = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the parent."""
+        parent: Any = super()
+        self._note(f"training step {self.state.global_step + 1}")
+        try:
+            loss = parent.training_step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if self.args.auto_find_batch_size:
+                raise
+            raise torch.OutOfMemoryError(f"{error}\n{memory_advice(self)}") from error
+        self._note(f"after a batch of training step {self.state.global_step + 1}")
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the parent's own)
+        """As the parent."""
+        parent: Any = super()
+        self._note(f"evaluation after step {self.state.global_step}")
+        return parent.prediction_step(*args, **kwargs)
+
+    def _note(self, what: str) -> None:
+        if self._board is not None:
+            self._board.note(what)
+
+
+def memory_advice(trainer: Any) -> str:  # noqa: ANN401 (either trainer)
+    """
+    What to do about too little memory, the cheapest first.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer that ran out of it.
+
+    Returns:
+        `str`: A sentence with the three cheapest remedies that its configuration leaves.
+    """
+    shown = _remedies(trainer)[:REMEDIES_SHOWN]
+    numbered = " ".join(f"({number}) {remedy}." for number, remedy in enumerate(shown, start=1))
+    return f"Out of device memory in training step {trainer.state.global_step + 1}. Cheapest first: {numbered}"
+
+
+def _remedies(trainer: Any) -> list[str]:  # noqa: ANN401 (either trainer)
+    """All that could help, cheapest first: what leaves the outcome as it is, then what changes it."""
+    args, batch = trainer.args, trainer.args.per_device_train_batch_size
+    adapter = upstream.is_peft_model(trainer.model)
+    quantized = getattr(upstream.inner_model(trainer), "is_quantized", False)
+    unsharded = trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    reference = getattr(trainer, "ref_model", None) is not None
+    halves = f"`per_device_train_batch_size={batch // 2}` with `gradient_accumulation_steps="
+    candidates = (
+        (not args.gradient_checkpointing, "`gradient_checkpointing=True`: about a third more time, the same outcome"),
+        (batch > 1, f"{halves}{args.gradient_accumulation_steps * 2}`: the same global batch in smaller pieces"),
+        (reference, "`reference_cache_dir=...`: no reference model stays in memory"),
+        (not (args.bf16 or args.fp16), "`bf16=True`: half the memory for activations"),
+        (
+            unsharded and trainer.accelerator.num_processes > 1,
+            "`--accelerate_config zero2` (or `zero3`, `fsdp2`): share optimizer, gradients and weights",
+        ),
+        (True, f"a smaller `max_length` (now {args.max_length}), or smaller pictures in the processor"),
+        (not adapter, "LoRA (`use_peft`): gradients and optimizer for the adapter only, and no reference model"),
+        (adapter and not quantized, "`load_in_4bit=True`: the frozen weights take a quarter of their memory"),
+        (True, "the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True, against fragmentation"),
+    )
+    return [remedy for applies, remedy in candidates if applies]

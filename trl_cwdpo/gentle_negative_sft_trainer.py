@@ -29,15 +29,15 @@ from trl import SFTConfig, SFTTrainer
 from . import objectives, upstream
 from .callbacks import add_configured_callbacks
 from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits, one_side
-from .faults import stop_if_not_finite
+from .faults import GuardedTraining, stop_if_not_finite
 from .gentle_negative_sft_config import GentleNegativeSFTConfig
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
 from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
-from .run_state import RunState
+from .run_state import KeptTokenCount, RunState
 from .shared_prefix import SharesPrefixes
-from .upstream.resuming import FinishedRunStaysFinished
+from .upstream.resuming import CompleteCheckpoints, FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,9 @@ logger = logging.getLogger(__name__)
 CALIBRATION_SIZE = 256
 
 
-class GentleNegativeSFTTrainer(SharesPrefixes, FinishedRunStaysFinished, SFTTrainer):
+class GentleNegativeSFTTrainer(
+    GuardedTraining, CompleteCheckpoints, SharesPrefixes, FinishedRunStaysFinished, SFTTrainer
+):
     r"""
     Trainer for stage 1 of *Learning Dynamics of VLM Finetuning* ([arXiv
     2510.11978](https://huggingface.co/papers/2510.11978)): supervised finetuning with gentle negatives.
@@ -144,6 +146,7 @@ class GentleNegativeSFTTrainer(SharesPrefixes, FinishedRunStaysFinished, SFTTrai
         if self._smooths:
             upstream.add_smoothing_gap(upstream.inner_model(self))
         self.add_callback(RunState())
+        self.add_callback(KeptTokenCount(self))
         # Of the global batch of the current step: what the term is divided by, and the mean NLL of its rejected tokens
         self._global_count: torch.Tensor | None = None
         self._batch_nll: torch.Tensor | None = None

@@ -5,6 +5,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+TOKENS = "train_tokens"
+
 
 class RunState(TrainerCallback, ExportableState):
     """
@@ -44,3 +46,30 @@ class RunState(TrainerCallback, ExportableState):
     def of(cls, trainer: Any) -> "RunState":  # noqa: ANN401 (any transformers trainer)
         """The trainer's own; looked up each time, since transformers may replace its callbacks on resume."""
         return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, cls))
+
+
+class KeptTokenCount(TrainerCallback):
+    """
+    Lets `num_tokens` go on where a resumed run had got to: TRL counts it in memory only.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            A TRL trainer that already has a [`RunState`].
+    """
+
+    def __init__(self, trainer: Any) -> None:  # noqa: ANN401
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the count of the checkpoint that is resumed, if any."""
+        kept = RunState.of(self.trainer).values.get(TOKENS)
+        if kept is not None:
+            self.trainer._total_train_tokens = kept
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the count, before a checkpoint may be written."""
+        RunState.of(self.trainer).values[TOKENS] = int(self.trainer._total_train_tokens)

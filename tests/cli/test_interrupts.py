@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from trl_cwdpo import CWDPOTrainer
+from trl_cwdpo.checkpoints import last_checkpoint
 from trl_cwdpo.cli import main
-from trl_cwdpo.cli.checkpoints import last_checkpoint
 from trl_cwdpo.cli.exit_codes import is_deliberate
 from trl_cwdpo.cli.interrupts import AGAIN_AFTER, SignalWatch
 from trl_cwdpo.cli.launching import _exit_code

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.commands import launch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.fsdp import FSDPModule
 from transformers import training_args
 
@@ -124,6 +126,18 @@ def environment(engine):
     if engine.name == "ddp":
         variables["ACCELERATE_USE_CPU"] = "true"
     return variables
+
+
+def launch_environment(engine, folder):
+    """What `accelerate launch` tells the processes that it starts, without their ranks."""
+    if engine.processes == 1:
+        return {}
+    words = ["--config_file", str(accelerate_configuration(engine, folder)), "script.py"]
+    arguments, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    # Set by `accelerate launch` itself, after this
+    arguments.deepspeed_fields_from_accelerate_config = "deepspeed_config_file,zero3_init_flag"
+    variables = prepare_deepspeed_cmd_env(arguments)[1] if engine.stage else prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE", "FSDP"))}
 
 
 def run(engine, folder, *words, timeout=600):

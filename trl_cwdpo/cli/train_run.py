@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from trl_cwdpo.callbacks import ProbeEarlyStoppingCallback
-from trl_cwdpo.cli.checkpoints import broken_checkpoints, checkpoint_to_resume, last_checkpoint
+from trl_cwdpo.checkpoints import CheckpointError, broken_checkpoints, checkpoint_to_resume, last_checkpoint
 from trl_cwdpo.cli.command_line import CommandLine
 from trl_cwdpo.cli.env import versions
 from trl_cwdpo.cli.errors import CommandError
@@ -79,7 +79,10 @@ class Run:
             `int`: The exit code.
         """
         script, args, model, *_ = self.arguments
-        checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+        try:
+            checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+        except CheckpointError as error:
+            raise CommandError(str(error)) from error
         self._say(f"{self.stage.title}: {model.model_name_or_path} on {script.dataset_name or 'datasets'}")
         with self.log.showing_notes() if self.is_main else nullcontext():
             trainer = self._build()
@@ -144,7 +147,7 @@ class Run:
     def _train(self, trainer: Any, checkpoint: str | None) -> Any:  # noqa: ANN401 (either trainer)
         try:
             return trainer.train(resume_from_checkpoint=checkpoint)
-        except NonFiniteLossError as error:
+        except (CheckpointError, NonFiniteLossError) as error:
             raise CommandError(str(error)) from error
         finally:
             self.log.close()

@@ -1,6 +1,20 @@
-"""Resume a run that has already taken all of its steps."""
+"""Checkpoints that are complete or passed over, and runs that take exactly the steps they are to take.
 
+What is assumed of transformers' `Trainer`: `train` takes the folder of a checkpoint; `_save_checkpoint` writes
+`trainer_state.json` last, after each process has saved its random state with `_save_rng_state`, and only then deletes
+older checkpoints.
+"""
+
+import logging
+from pathlib import Path
 from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+
+from trl_cwdpo.checkpoints import CheckpointError, broken_checkpoints, checkpoint_to_resume, last_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 class FinishedRunStaysFinished:
@@ -20,3 +34,90 @@ class FinishedRunStaysFinished:
         parent: Any = super()
         trained = parent._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
+
+
+class CompleteCheckpoints:
+    """
+    Mixin for a [`~transformers.Trainer`]: what it resumes from, and leaves behind, are complete checkpoints.
+
+    `resume_from_checkpoint=True` takes the last checkpoint that was written to its end and names the broken ones it
+    passes over; `"auto"` does the same and starts anew where there is none, so that the same script can be started
+    again and again. A checkpoint is complete only when every process has written its part.
+    """
+
+    args: Any
+    accelerator: Any
+    state: Any
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 (transformers' signature)
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # noqa: ANN401 (the parent's own)
+        """
+        As [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Folder of a checkpoint; `True` for the last complete one in `output_dir`; `"auto"` for the same, or a
+                new run where there is none.
+            *args (`Any`):
+                For the parent.
+            **kwargs (`Any`):
+                For the parent.
+
+        Raises:
+            CheckpointError: If there is no such checkpoint, or it was not written to its end, or one of this run
+                cannot be written.
+        """
+        parent: Any = super()
+        return parent.train(self._agreed_checkpoint(resume_from_checkpoint), *args, **kwargs)
+
+    def _agreed_checkpoint(self, value: Any) -> str | None:  # noqa: ANN401
+        """One decision for all processes, which may see the folder at different moments."""
+        decision: list[Any] = [None, None]
+        if value and self.accelerator.is_main_process:
+            try:
+                decision[0] = checkpoint_to_resume(self.args.output_dir, value, self.accelerator.num_processes)
+            except CheckpointError as error:
+                decision[1] = str(error)
+            if str(value) != decision[0]:
+                for folder, fault in broken_checkpoints(self.args.output_dir, self.accelerator.num_processes).items():
+                    logger.warning("Passing over the checkpoint %s: %s.", folder, fault)
+        folder, fault = broadcast_object_list(decision) if value else decision
+        if fault is not None:
+            raise CheckpointError(fault)
+        return folder
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        parent: Any = super()
+        parent._save_rng_state(output_dir)
+        # What comes next says that the checkpoint is complete, and deletes older ones
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        try:
+            parent._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not _is_about_writing(error):
+                raise
+            good = last_checkpoint(self.args.output_dir, self.accelerator.num_processes)
+            advice = f"The last complete one is {good}" if good else "There is no complete one"
+            raise CheckpointError(
+                f"The checkpoint of step {self.state.global_step} cannot be written to "
+                f"{Path(self.args.output_dir).absolute()}: {error}. {advice}. Make room, or the folder writable, and "
+                "continue with `resume_from_checkpoint='auto'`; `save_total_limit` and `save_only_model` need less "
+                "room."
+            ) from error
+
+
+def _is_about_writing(error: BaseException | None) -> bool:
+    """Whether an error of saving comes from the disk; torch and safetensors wrap those of the system in their own."""
+    marks = ("PytorchStreamWriter", "inline_container", "iostream error")
+    while error is not None:
+        if isinstance(error, OSError | SafetensorError) or any(mark in str(error) for mark in marks):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -11,8 +11,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from trl_cwdpo.cli.errors import CommandError
-
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0", "none", "")
 AUTO = "auto"
 STATE_FILE = "trainer_state.json"
@@ -22,7 +20,15 @@ ZIPPED = (".pt", ".pth", ".bin", ".distcp")
 UNZIPPED = frozenset({"training_args.bin"})
 
 
-def checkpoint_to_resume(output_dir: str, value: Any) -> str | None:  # noqa: ANN401 (YAML gives text or a boolean)
+class CheckpointError(ValueError):
+    """A checkpoint cannot be continued from, or could not be written."""
+
+
+def checkpoint_to_resume(
+    output_dir: str,
+    value: Any,  # noqa: ANN401 (YAML gives text or a boolean)
+    processes: int | None = None,
+) -> str | None:
     """
     The checkpoint that `--resume_from_checkpoint` means.
 
@@ -32,61 +38,67 @@ def checkpoint_to_resume(output_dir: str, value: Any) -> str | None:  # noqa: AN
         value (`str` or `bool`, *optional*):
             The option: a folder, `true` for the last checkpoint in the output folder, or `auto` for the last one if
             there is one.
+        processes (`int`, *optional*):
+            How many processes the run has; by default as many as its launcher says.
 
     Returns:
         `str` or `None`: Its folder, or `None` to start anew.
 
     Raises:
-        CommandError: If it is not there.
+        CheckpointError: If it is not there.
     """
     text = str(value).lower()
     if value is None or text in FALSE:
         return None
     if text not in (*TRUE, AUTO):
-        return _complete(Path(str(value)))
-    last = last_checkpoint(output_dir)
+        return _complete(Path(str(value)), processes)
+    last = last_checkpoint(output_dir, processes)
     if last is None and text == AUTO:
         return None
     if last is None:
-        raise CommandError(
+        raise CheckpointError(
             f"`resume_from_checkpoint`={value}, but {output_dir} holds no complete checkpoint. Leave the option out "
             "to start anew, or name the folder of a checkpoint."
         )
     return str(last)
 
 
-def last_checkpoint(output_dir: str) -> Path | None:
+def last_checkpoint(output_dir: str, processes: int | None = None) -> Path | None:
     """The last checkpoint that was written to its end."""
-    return next((folder for folder in _newest_first(output_dir) if fault_of(folder) is None), None)
+    return next((folder for folder in _newest_first(output_dir) if fault_of(folder, processes) is None), None)
 
 
-def broken_checkpoints(output_dir: str) -> dict[Path, str]:
+def broken_checkpoints(output_dir: str, processes: int | None = None) -> dict[Path, str]:
     """
     Checkpoints that are newer than the last complete one.
 
     Args:
         output_dir (`str`):
             The output folder.
+        processes (`int`, *optional*):
+            How many processes the run has.
 
     Returns:
         `dict[Path, str]`: What is wrong with each, newest first.
     """
     broken: dict[Path, str] = {}
     for folder in _newest_first(output_dir):
-        fault = fault_of(folder)
+        fault = fault_of(folder, processes)
         if fault is None:
             break
         broken[folder] = fault
     return broken
 
 
-def fault_of(folder: Path) -> str | None:
+def fault_of(folder: Path, processes: int | None = None) -> str | None:
     """
     What keeps a checkpoint from being continued.
 
     Args:
         folder (`Path`):
             Its folder.
+        processes (`int`, *optional*):
+            How many processes the run has, each of which needs its random state.
 
     Returns:
         `str` or `None`: The fault, or `None` if it is complete.
@@ -102,7 +114,7 @@ def fault_of(folder: Path) -> str | None:
     cut_off = next((file for file in files if not _is_whole(file)), None)
     if cut_off is not None:
         return f"{cut_off.relative_to(folder)} is cut off"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     states = [folder / f"rng_state_{rank}.pth" for rank in range(processes)]
     if processes > 1 and states[0].is_file() and not all(file.is_file() for file in states):
         return "the random state of a process is missing"
@@ -140,15 +152,15 @@ def _is_whole_safetensors(file: Path) -> bool:
     return file.stat().st_size == 8 + length + end
 
 
-def _complete(folder: Path) -> str:
+def _complete(folder: Path, processes: int | None) -> str:
     if not folder.is_dir():
-        raise CommandError(
+        raise CheckpointError(
             f"`resume_from_checkpoint`={folder} is no folder. Name the folder of a checkpoint, or `true` for the last "
             "one in the output folder."
         )
-    fault = fault_of(folder)
+    fault = fault_of(folder, processes)
     if fault is not None:
-        raise CommandError(
+        raise CheckpointError(
             f"`resume_from_checkpoint`={folder} is no complete checkpoint: {fault}. Name another, or `true` for the "
             "last complete one in the output folder."
         )

@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trl_cwdpo.cli.checkpoints import broken_checkpoints, checkpoint_to_resume, fault_of, last_checkpoint
-from trl_cwdpo.cli.errors import CommandError
+from trl_cwdpo.checkpoints import CheckpointError, broken_checkpoints, checkpoint_to_resume, fault_of, last_checkpoint
 
 
 def checkpoint(folder, step, state="{}"):
@@ -44,7 +43,7 @@ def test_none(value, tmp_path):
 
 def test_auto_starts_anew_where_true_refuses(tmp_path):
     assert checkpoint_to_resume(str(tmp_path / "missing"), "auto") is None
-    with pytest.raises(CommandError, match="holds no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         checkpoint_to_resume(str(tmp_path), "true")
 
 
@@ -65,7 +64,7 @@ def test_damage_is_found_and_the_one_before_is_taken(damage, fault, tmp_path):
     assert fault_of(bad) == fault
     assert last_checkpoint(str(tmp_path)) == good
     assert broken_checkpoints(str(tmp_path)) == {bad: fault}
-    with pytest.raises(CommandError, match=fault):
+    with pytest.raises(CheckpointError, match=fault):
         checkpoint_to_resume(str(tmp_path), str(bad))
 
 
@@ -79,7 +78,7 @@ def test_random_states_of_all_processes_are_needed(tmp_path, monkeypatch):
 
 
 def test_missing_folder_is_refused(tmp_path):
-    with pytest.raises(CommandError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is no folder"):
         checkpoint_to_resume(str(tmp_path), str(tmp_path / "nothing"))
 
 
