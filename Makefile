@@ -18,12 +18,13 @@ INPUTS := pyproject.toml constraints.txt trl_cwdpo/_version.py
 .DELETE_ON_ERROR:
 # Two installs into one environment at a time would race.
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format types docs build check-wheel check clean
+.PHONY: help demo test test-all contracts lint format types docs build check-wheel check clean
 
 help:
 	@echo "make demo         install and run the demonstration"
 	@echo "make test         quick tests on two processes"
 	@echo "make test-all     every test this machine can run, with the optional extras"
+	@echo "make contracts    what this package assumes about TRL and transformers"
 	@echo "make lint         ruff: rules and format, changing nothing"
 	@echo "make format       ruff: repair what can be repaired"
 	@echo "make types        mypy"
@@ -78,6 +79,10 @@ test: $(VENV)/.stamp-test
 
 test-all: $(VENV)/.stamp-all
 	$(PYTEST) $(PYTEST_ARGS)
+
+# After an upgrade of TRL or transformers within the environment: a failing test names the assumption that broke.
+contracts: $(VENV)/.stamp-test
+	$(PYTEST) -m "contract and not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

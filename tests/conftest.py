@@ -3,6 +3,7 @@
 Fixtures that several test files share belong below the settings.
 """
 
+import importlib.metadata
 import os
 
 # Before anything imports huggingface_hub, which reads these once. Offline mode also keeps TRL's telemetry silent.
@@ -18,8 +19,18 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_report_header():
+    """The versions that a result stands for."""
+    packages = ("trl", "transformers", "torch", "accelerate", "peft", "datasets")
+    return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    """Skip tests marked `gpu` on machines without an accelerator."""
+    """Mark what `test_upstream*.py` hold as contracts; skip tests marked `gpu` on machines without an accelerator."""
+    for item in items:
+        if item.path.name.startswith("test_upstream"):
+            item.add_marker(pytest.mark.contract)
     if torch.accelerator.is_available():
         return
     skip = pytest.mark.skip(reason="needs an accelerator")

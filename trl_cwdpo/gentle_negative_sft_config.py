@@ -165,6 +165,15 @@ class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
         for name, reason in reasons.items():
             if getattr(self, name):
                 raise ValueError(f"`{name}=True` is not supported by stage 1: {reason}. Set `{name}=False`.")
+        without_effect = {
+            "dataset_text_field": ("text", "pairs are read from `prompt`, `chosen` and `rejected`"),
+            "packing_strategy": ("bfd", "pairs are not packed"),
+        }
+        for name, (default, reason) in without_effect.items():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` would have no effect in stage 1: {reason}. Leave it out."
+                )
         if self.completion_only_loss is False:
             raise ValueError(
                 "`completion_only_loss=False` is not supported by stage 1: prompt tokens are shared by both responses "
