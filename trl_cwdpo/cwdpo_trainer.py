@@ -41,7 +41,7 @@ from .paper import PAPER
 from .reference_cache import COLUMNS, ReferenceCache
 from .run_state import KeptTokenCount, RunState
 from .shared_prefix import SharesPrefixes
-from .upstream import reference
+from .upstream import processors, reference
 from .upstream.resuming import CompleteCheckpoints, FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
 
@@ -155,9 +155,8 @@ class CWDPOTrainer(GuardedTraining, CompleteCheckpoints, SharesPrefixes, Finishe
         prepare_for_sharding(upstream.inner_model(self))
         if data_collator is None:
             drop_overlong_pairs(self)
-        self.data_collator = PreferenceCollator(
-            self.data_collator, args.max_length, pictures_once=data_collator is None
-        )
+        collator = processors.collator_for_responses(self.data_collator)
+        self.data_collator = PreferenceCollator(collator, args.max_length, pictures_once=data_collator is None)
         self.add_callback(RunState())
         self.add_callback(KeptTokenCount(self))
         # Sequence log-probabilities of the last loss, to name the rows behind a loss that is not finite

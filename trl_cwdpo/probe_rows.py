@@ -149,6 +149,7 @@ class ProbeRows:
             completion_mask[i, start:end] = 1
             for key, kind in kinds.items():
                 kind[i, :start] = prompts[key][i, :start]
+                kind[i, start:end] = prompts[key][i, start]  # what any response has: PaliGemma's are of kind 1
         texts = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
         return {**inputs, **kinds, **texts}
 

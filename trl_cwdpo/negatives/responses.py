@@ -119,7 +119,9 @@ def _rows(
         prompt = values[used[index] & ~completion[index]]
         if prompts is not None:
             prompt = _filled(values.new_tensor(list(prompts[index])), PROMPT_FILL.get(key, 0))
-        row = torch.cat([prompt, _filled(values.new_tensor(list(responses[index])), COMPLETION_FILL.get(key, 0))])
+        # Kinds of tokens are those of the response before
+        fill = COMPLETION_FILL[key] if key in COMPLETION_FILL else int(values[completion[index]][0])
+        row = torch.cat([prompt, _filled(values.new_tensor(list(responses[index])), fill)])
         if layout.max_length is not None:
             row = row[-layout.max_length :] if layout.keep_end else row[: layout.max_length]
         rows.append(row)

@@ -31,6 +31,8 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, maybe_ga
 
 from trl_cwdpo.probe_measures import OutputHead
 
+from .processors import for_responses
+
 __all__ = [
     "FusedCausalLMOutput",
     "PolicyTap",
@@ -255,7 +257,7 @@ def preference_collator(trainer: Any) -> DataCollatorForPreference | DataCollato
     args = trainer.args
     if trainer._is_vision_dataset:
         return DataCollatorForVisionPreference(
-            processor=trainer.processing_class,
+            processor=for_responses(trainer.processing_class),
             max_length=args.max_length,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )

@@ -92,6 +92,9 @@ class GeneratingPolicy:
         """
         config = GenerationConfig(**options, disable_compile=True)
         with self.unwrapped() as model:
+            if getattr(model.config.get_text_config(), "output_router_logits", False):
+                # The load-balancing loss, of no use here, fails where a cache makes the mask longer than the input
+                inputs = {**inputs, "output_router_logits": False}
             outputs = model.generate(**inputs, generation_config=config)
         return outputs[:, inputs["input_ids"].size(1) :]
 
