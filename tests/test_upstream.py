@@ -180,11 +180,15 @@ def test_preference_data_is_prepared_without_a_dpo_trainer(tmp_path):
     assert {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(prepared.column_names)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(CWDPOTrainer, DPOTrainer), (GentleNegativeSFTTrainer, SFTTrainer)])
-def test_trainers_take_exactly_the_arguments_of_their_parents(ours, theirs):
+@pytest.mark.parametrize(
+    ("ours", "theirs", "added"),
+    [(CWDPOTrainer, DPOTrainer, ["negative_reward_funcs"]), (GentleNegativeSFTTrainer, SFTTrainer, [])],
+)
+def test_trainers_take_the_arguments_of_their_parents_in_their_order(ours, theirs, added):
     mine, parent = (inspect.signature(cls.__init__).parameters for cls in (ours, theirs))
-    assert list(mine) == list(parent)
-    assert {name: p.default for name, p in mine.items()} == {name: p.default for name, p in parent.items()}
+    assert list(mine) == [*parent, *added]
+    assert {name: mine[name].default for name in parent} == {name: p.default for name, p in parent.items()}
+    assert all(mine[name].default is None for name in added)
 
 
 @pytest.mark.parametrize(

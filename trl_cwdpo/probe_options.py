@@ -6,7 +6,6 @@ from typing import Any
 # Measured with a forward pass each; the other families come from the same passes
 FORWARD_FAMILIES = ("chosen", "rejected", "rephrase", "mismatched", "shuffled")
 FAMILIES = (*FORWARD_FAMILIES[:2], "rejected_hard", "rejected_easy", *FORWARD_FAMILIES[2:], "argmax")
-DEFAULT_SIZE, DEFAULT_STEPS = 64, 50
 
 
 def check_families(option: str, families: list[str]) -> None:
@@ -38,11 +37,11 @@ class ProbeOptions:
     """
 
     probe_dataset_size: int = field(
-        default=DEFAULT_SIZE,
+        default=64,
         metadata={"help": "Rows of the evaluation dataset that are probed, over all processes."},
     )
     probe_steps: int = field(
-        default=DEFAULT_STEPS,
+        default=50,
         metadata={
             "help": "Optimizer steps between two probes of the response families' log-probabilities; 0 switches "
             "probes off. Probes need evaluation data and leave training as it is to the last bit."
@@ -87,10 +86,6 @@ class ProbeOptions:
     @property
     def chosen_probe_options(self) -> dict[str, Any]:
         """The probe options that differ from their defaults, by name: what the user has asked for."""
-        defaults = {
-            "probe_dataset_size": DEFAULT_SIZE,
-            "probe_steps": DEFAULT_STEPS,
-            "probe_families": None,
-            "probe_early_stopping": False,
-        }
-        return {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
+        names = ("probe_dataset_size", "probe_steps", "probe_families", "probe_early_stopping")
+        defaults = {name: type(self).__dataclass_fields__[name].default for name in names}
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}

@@ -29,7 +29,8 @@ from .upstream import reference as upstream
 
 logger = logging.getLogger(__name__)
 
-KEYS = "pair_keys"
+# Named like the references, so that it counts as something of pairs and not of pictures
+KEYS = "ref_pair_keys"
 # The columns of a batch that hold reference log-probabilities, under TRL's names
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # A build that is killed loses no more than what it has computed since the last of these

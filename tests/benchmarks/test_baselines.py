@@ -120,7 +120,7 @@ def train(trainer_class, folder, tmp_path, config=CWDPOConfig, options=None, **k
 
 
 def test_the_trainer_with_dpo_as_its_loss_is_dpo(text_model, tmp_path):
-    ours = train(PairLossTrainer, text_model, tmp_path, options=OPTIONS, pair_loss=dpo)
+    ours = train(PairLossTrainer, text_model, tmp_path, options={**OPTIONS, "share_prefix": False}, pair_loss=dpo)
     theirs = train(DPOTrainer, text_model, tmp_path, config=DPOConfig)
     for mine, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)

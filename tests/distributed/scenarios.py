@@ -40,7 +40,11 @@ GENTLE = {
 UNCOOLED = {
     "DPOTrainer": (DPOTrainer, DPOConfig, {}),
     "off": (CWDPOTrainer, CWDPOConfig, {"cooling_mode": "off"}),
-    "weights of 1": (CWDPOTrainer, CWDPOConfig, {"cooling_mode": "constant", "cooling_constant": 1.0}),
+    "weights of 1": (
+        CWDPOTrainer,
+        CWDPOConfig,
+        {"cooling_mode": "constant", "cooling_constant": 1.0, "share_prefix": False},
+    ),
 }
 
 
