@@ -2,15 +2,17 @@
 
 What is assumed of transformers' `Trainer`: `train` takes the folder of a checkpoint; `_save_checkpoint` writes
 `trainer_state.json` last, after each process has saved its random state with `_save_rng_state`, and only then deletes
-older checkpoints.
+older checkpoints; `_load_from_checkpoint` and `_load_best_model` hand the saved names to `load_state_dict`.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
+from accelerate.utils import broadcast_object_list, is_peft_model
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from trl_cwdpo.checkpoints import CheckpointError, broken_checkpoints, checkpoint_to_resume, last_checkpoint
 
@@ -36,7 +38,53 @@ class FinishedRunStaysFinished:
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
 
 
-class CompleteCheckpoints:
+class LoadsWhatWasSaved:
+    """
+    Mixin for a [`~transformers.Trainer`]: a checkpoint is loaded under the names that it was saved with.
+
+    `save_pretrained` writes weights under the names of an architecture's published checkpoints, which are not those of
+    the modules for many vision-language models and mixtures of experts. `Trainer` looks for the modules' names only,
+    warns of missing keys and goes on with the weights that it happens to have: those from before training.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
+        parent: Any = super()
+        if not self._load_renamed(resume_from_checkpoint, self.model if model is None else model):
+            parent._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        parent: Any = super()
+        if not self._load_renamed(self.state.best_model_checkpoint, self.model):
+            parent._load_best_model()
+
+    def _load_renamed(self, folder: str, model: Any) -> bool:  # noqa: ANN401 (a model of transformers)
+        # Sharded runs and adapters keep the names of the modules
+        if is_peft_model(model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        if saved_names(Path(folder)) <= model.state_dict().keys():
+            return False
+        model.load_state_dict(type(model).from_pretrained(folder, dtype="auto").state_dict())
+        return True
+
+
+def saved_names(folder: Path) -> set[str]:
+    """The names of the weights in a folder of safetensors, in one file or in several."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not (folder / SAFE_WEIGHTS_NAME).is_file():
+        return set()
+    with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
+        return set(file.keys())
+
+
+class CompleteCheckpoints(LoadsWhatWasSaved):
     """
     Mixin for a [`~transformers.Trainer`]: what it resumes from, and leaves behind, are complete checkpoints.
 
