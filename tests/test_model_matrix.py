@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from trl import DPOConfig, DPOTrainer
 
 from trl_cwdpo import CWDPOConfig, CWDPOTrainer, GentleNegativeSFTConfig, GentleNegativeSFTTrainer
+from trl_cwdpo.pictures_once import with_pictures_twice
 from trl_cwdpo.probe_options import FAMILIES
 from trl_cwdpo.probe_records import read_records
 from trl_cwdpo.shared_prefix import SharedPrefixError, batch_layout
@@ -124,7 +125,7 @@ def test_probes(zoo, tmp_path, name):
     for record in records:
         assert set(record.families) >= {"chosen", "rejected", "mismatched", "shuffled", "argmax"}
         assert set(record.families) <= {*FAMILIES, "rejected_hard", "rejected_easy"}
-    batch = trainer.data_collator([trainer.eval_dataset[index] for index in range(len(trainer.eval_dataset))])
+    batch = with_pictures_twice(trainer.data_collator(list(trainer.eval_dataset)))
     expected = average_logp_of_chosen(zoo(name)[0], batch, vision=model_zoo.ZOO[name].vision)
     assert records[0].families["chosen"].avg_logp.mean == pytest.approx(expected, abs=1e-4)
 
@@ -144,7 +145,7 @@ def shared_forward(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor | str:
 @torch.no_grad()
 def test_fast_path(zoo, tmp_path, name, record_property, caplog):
     trainer = build(CWDPOTrainer, CWDPOConfig, zoo, name, tmp_path, share_prefix=True)
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    batch = with_pictures_twice(trainer.data_collator([trainer.train_dataset[index] for index in range(4)]))
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {key: value for key, value in batch.items() if key != "completion_mask"}
     inputs |= {"labels": labels, "use_cache": False, "fused_lm_head": True}

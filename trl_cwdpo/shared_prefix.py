@@ -100,6 +100,8 @@ class PictureFeatures:
             return None
         encoder: Any = self._of[1]()
         features = self._of[2]
+        if encoder is None:
+            return None
         if encoder is not model:
             pair = (id(encoder), id(model))
             if pair not in self._same:
