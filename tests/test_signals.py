@@ -242,6 +242,11 @@ class TestDiagnosis:
             assert diagnose(values).name == name
         assert diagnose(values, SignalThresholds(relative_flat=0.04)).name == "cooled out"
 
+    def test_easy_responses_gain_where_labels_are_swapped(self):
+        values = {"chosen": -0.3, "argmax": 0.0, "weight": 0.9}
+        assert diagnose(record(4, hard=0.0, easy=0.5, **values)).name == "labels swapped or mask wrong"
+        assert diagnose(record(4, hard=-0.2, easy=0.5, **values)).name == "unclear"
+
     def test_a_missing_family_fits_any_only(self):
         swapped = record(4, chosen=-0.3, hard=0.2, easy=None, argmax=None, weight=0.9)
         assert diagnose(swapped).name == "labels swapped or mask wrong"

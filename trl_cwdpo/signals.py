@@ -369,6 +369,7 @@ class _Row:
     advice: str
 
 
+SWAPPED = "Check the data: chosen against rejected, masks."
 # A model that has learnt its chosen responses cannot raise them much, easy responses fall a little with the hard ones
 # that they share words with, and where only easy ones are pushed down, hard ones gain: no fault of their own
 TABLE = (
@@ -394,9 +395,9 @@ TABLE = (
     ),
     _Row("cooled out", "0", "0", "0", "0", "cooled", "Take fresh negatives, or lower `cooling_floor`."),
     _Row("SFT-like drift", "+", "+", "+", "+", "high", "Raise `beta`, or give the NLL term less weight."),
-    _Row(
-        "labels swapped or mask wrong", "-", "+", "*", "*", "high", "Check the data: chosen against rejected, masks."
-    ),
+    _Row("labels swapped or mask wrong", "-", "+", "*", "*", "high", SWAPPED),
+    # Hard responses share words with the chosen one, which holds them back; nothing else makes easy ones gain
+    _Row("labels swapped or mask wrong", "-", "0+", "+", "*", "high", SWAPPED),
 )
 
 
