@@ -74,7 +74,7 @@ def test_rows_hold_every_token_once_with_its_position(tokens, extra_columns):
 def test_masks_let_a_response_see_its_prompt_and_itself(tokens, extra_columns):
     ids, attention, labels = batch_of(*tokens, extra_columns)
     layout = find_layout(ids, attention, labels)
-    dense, side = layout.dense_mask(), layout.side_mask()
+    dense, side = layout.dense_mask(), layout.side_mask
     longer, shorter = max(layout.sides), min(layout.sides)
     assert side.shape[-2:] == (longer, layout.prompt + longer)
     starts = blocks(layout)
@@ -100,7 +100,7 @@ def test_scores_come_back_in_the_usual_order(tokens, extra_columns):
     ids, attention, labels = batch_of(*tokens, extra_columns)
     layout = find_layout(ids, attention, labels)
     # Each place says which token stands there, so a label must be predicted by the token before it
-    predictor = layout.rows(ids).flatten()[layout.scored_index()][:, :-1]
+    predictor = layout.rows(ids).flatten()[layout.scored_index][:, :-1]
     scored = layout.labels(labels)[:, 1:]
     assert (layout.labels(labels)[:, 0] == -100).all()
     before, shifted = ids[:, :-1], labels[:, 1:]

@@ -1,13 +1,15 @@
 """One row for each pair gives what two rows give: outputs, gradients, and whole runs of both trainers."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_prefix_layout import batch_of, pairs
 from transformers import (
     BloomConfig,
@@ -23,7 +25,8 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_cwdpo import CWDPOConfig, CWDPOTrainer, GentleNegativeSFTConfig, GentleNegativeSFTTrainer
+from trl_cwdpo import CWDPOConfig, CWDPOTrainer, GentleNegativeSFTConfig, GentleNegativeSFTTrainer, upstream
+from trl_cwdpo.prefix_layout import find_layout
 from trl_cwdpo.shared_prefix import SharedPrefixError, batch_layout, model_obstacle, run_rows
 from trl_cwdpo.upstream.shared_prefix import register_split_attention
 
@@ -125,6 +128,24 @@ def test_the_other_response_does_not_matter():
     assert not torch.allclose(results[0].log_probs[2:].sum(1), results[1].log_probs[2:].sum(1), atol=1e-2)
 
 
+def test_models_are_unwrapped_once_and_not_kept_alive(monkeypatch):
+    def unwrap(model):
+        calls.append(model)
+        return model
+
+    calls = []
+    monkeypatch.setattr(upstream, "extract_model_from_parallel", unwrap)
+    model = MODELS["llama"]()
+    adapted = get_peft_model(model, LoraConfig(r=2))
+    assert [upstream.unwrapped(each) for each in (adapted, model, adapted, model)] == [model] * 4
+    assert calls == [adapted, model]
+    calls.clear()
+    gone = weakref.ref(model), weakref.ref(adapted)
+    del model, adapted
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+
+
 # --- runs ---
 
 
@@ -155,6 +176,7 @@ def assert_equal_runs(usual, shared, tolerance=1e-4):
                 assert ours[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
 
 
+COOLED = {"cooling_mode": "gate", "cooling_floor": -3.0, "cooling_temperature": 0.5}
 OPTIONS = {
     "plain DPO": {"cooling_mode": "off"},
     "cooled": {},
@@ -183,6 +205,16 @@ def test_stage_2(text_model, tmp_path, options):
     )
     assert is_shared(shared)
     assert_equal_runs(usual, shared)
+
+
+def test_policy_and_reference_use_one_layout(text_model, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "trl_cwdpo.shared_prefix.find_layout", lambda *tensors: calls.append(tensors) or find_layout(*tensors)
+    )
+    trainer = run(CWDPOTrainer, CWDPOConfig, text_model, tmp_path, share_prefix=True, **COOLED)
+    assert is_shared(trainer)
+    assert len(calls) == 3, "one for each step"
 
 
 @pytest.mark.parametrize("options", [{}, {"negative_loss_type": "hinge"}, {"gradient_checkpointing": True}])

@@ -78,9 +78,15 @@ def test_split_attention_is_attention_with_the_dense_mask(batch, padded):
         result = attend(query, key, value, attn_mask=mask, is_causal=is_causal and mask is None)
         return result.transpose(1, 2), None
 
-    found, _ = internals.SplitAttention(sdpa)(torch.nn.Module(), query, key, value, compact)
+    split = internals.SplitAttention(sdpa)
+    found, _ = split(torch.nn.Module(), query, key, value, compact)
     expected, _ = sdpa(None, query, key, value, dense)
     assert torch.allclose(found, expected, atol=1e-12)
+    (added,) = split._additive.values()
+    split(torch.nn.Module(), query, key, value, compact)
+    assert split._additive[compact] is added, "made again for the next layer"
+    del compact
+    assert not split._additive, "kept longer than its batch"
 
 
 def test_the_head_scores_the_places_that_the_backbone_returns(model):

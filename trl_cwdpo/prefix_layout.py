@@ -7,6 +7,7 @@ blocks apart. [`PrefixLayout`] goes there and back.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -63,6 +64,7 @@ class PrefixLayout:
     def _columns(self, width: int) -> torch.Tensor:
         return torch.arange(width, device=self.prompt_lengths.device)
 
+    @cached_property
     def _place(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # Of each column of a row: its side (-1 for the prompt), the place within its block, whether it holds a token
         column = self._columns(self.width)
@@ -85,11 +87,15 @@ class PrefixLayout:
         Returns:
             `torch.Tensor` of shape `(B, N)`.
         """
-        side, place, used = self._place()
+        return torch.cat(tensor.chunk(2), dim=1).gather(1, self._origin)
+
+    @cached_property
+    def _origin(self) -> torch.Tensor:
+        # Of each column of a row: its column in [chosen row | rejected row]
+        side, place, used = self._place
         prompt = self.prompt_lengths.unsqueeze(1)
         index = torch.where(side < 0, place, prompt + place) + self.length * side.clamp(min=0)
-        both = torch.cat(tensor.chunk(2), dim=1)
-        return both.gather(1, torch.where(used, index, prompt))
+        return torch.where(used, index, prompt)
 
     def positions(self, prompt_positions: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -102,7 +108,7 @@ class PrefixLayout:
         Returns:
             `torch.Tensor` of shape `(B, N)` or `(axes, B, N)`.
         """
-        side, place, used = self._place()
+        side, place, used = self._place
         prompt = self.prompt_lengths.unsqueeze(1)
         in_prompt = side < 0
         if prompt_positions is None:
@@ -112,6 +118,7 @@ class PrefixLayout:
         positions = torch.where(in_prompt, of_prompt, first + place)
         return torch.where(used, positions, first)
 
+    @cached_property
     def side_mask(self) -> torch.Tensor:
         """
         What the longer side may attend to; its first rows and columns are what the shorter side may.
@@ -135,18 +142,20 @@ class PrefixLayout:
         Returns:
             `torch.Tensor` of shape `(B, 1, N, N)`, bool.
         """
-        side, _, _ = self._place()
+        side, _, _ = self._place
         column = self._columns(self.width)
         causal = column.unsqueeze(1) >= column
         own = side.unsqueeze(1) == side
         prompts = (side < 0) & (column < self.prompt_lengths.unsqueeze(1))  # (B, N)
         return (causal & (prompts.unsqueeze(1) | (own & (side >= 0)))).unsqueeze(1)
 
+    @cached_property
     def _before_response(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # Counts 0 (last token of the prompt), 1, … (response); of each of 2B rows whether it exists, and its prompt
         count = self._columns(1 + max(self.sides))
         return count, count <= self.lengths.reshape(-1, 1), self.prompt_lengths.repeat(2).unsqueeze(1)
 
+    @cached_property
     def scored_index(self) -> torch.Tensor:
         """
         The places that predict responses: the last token of the prompt, and the response.
@@ -154,7 +163,7 @@ class PrefixLayout:
         Returns:
             `torch.Tensor` of shape `(2B, 1 + M)`, indices into rows laid end to end.
         """
-        count, exists, prompt = self._before_response()
+        count, exists, prompt = self._before_response
         starts = torch.tensor(self._starts, device=count.device).repeat_interleave(self.pairs).unsqueeze(1)
         place = torch.where(exists & (count > 0), starts + count - 1, prompt - 1)
         return place + self.width * self._columns(self.pairs).repeat(2).unsqueeze(1)
@@ -170,7 +179,7 @@ class PrefixLayout:
         Returns:
             `torch.Tensor` of shape `(2B, 1 + M)`, -100 where there is no response.
         """
-        count, exists, prompt = self._before_response()
+        count, exists, prompt = self._before_response
         index = (prompt - 1 + count).clamp(max=self.length - 1)
         return labels.gather(1, index).masked_fill(~exists, IGNORED)
 
@@ -185,10 +194,15 @@ class PrefixLayout:
         Returns:
             `torch.Tensor` of shape `(2B, T - 1)`, zero outside the responses.
         """
+        place, elsewhere = self._restored
+        return per_token.gather(1, place).masked_fill(elsewhere, 0)
+
+    @cached_property
+    def _restored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # Of each of T - 1 places: which of the scored ones it is, and whether it is none
         place = self._columns(self.length - 1) - (self.prompt_lengths.repeat(2).unsqueeze(1) - 1)
-        response = (place >= 0) & (place < self.lengths.reshape(-1, 1))
-        values = per_token.gather(1, place.clamp(min=0, max=per_token.size(1) - 1))
-        return values.masked_fill(~response, 0)
+        elsewhere = (place < 0) | (place >= self.lengths.reshape(-1, 1))
+        return place.clamp(min=0, max=max(self.sides) - 1), elsewhere
 
     def relative_cost(self, hidden_size: int, intermediate_size: int, head_size: float = 0.0) -> float:
         """

@@ -132,6 +132,8 @@ class SharedPrefix:
         self._told: set[str] = set()
         self._obstacle = obstacle
         self._features = PictureFeatures(accelerator)
+        # Layout of the last batch, and its tokens and labels
+        self._last: tuple[tuple[weakref.ref[torch.Tensor], ...], PrefixLayout | str] | None = None
         if option:
             internals.register_split_attention()
 
@@ -173,7 +175,7 @@ class SharedPrefix:
         inner = upstream.unwrapped(model)
         if self.verdicts.get(id(inner)) is not None:
             return model(**kwargs)
-        layout: PrefixLayout | str = batch_layout(inner, kwargs)
+        layout = self._layout(inner, kwargs)
         if id(inner) not in self.verdicts:
             self._verify(model, kwargs, layout)
         if self.verdicts.get(id(inner)) is not None:
@@ -186,6 +188,16 @@ class SharedPrefix:
         if self.option == "auto" and relative_cost(inner, layout) > WORTHWHILE:
             return model(**kwargs)
         return run_rows(model, layout, kwargs, self._features)
+
+    def _layout(self, inner: Any, kwargs: dict[str, Any]) -> PrefixLayout | str:  # noqa: ANN401 (as above)
+        found = row_obstacle(inner, kwargs)
+        if found is not None:
+            return found
+        tensors = kwargs["input_ids"], kwargs["labels"]
+        # The reference gets the very tensors of the policy
+        if self._last is None or any(of() is not tensor for of, tensor in zip(self._last[0], tensors, strict=True)):
+            self._last = tuple(map(weakref.ref, tensors)), pair_layout(kwargs)
+        return self._last[1]
 
     def _verify(self, model: nn.Module, kwargs: dict[str, Any], layout: PrefixLayout | str) -> None:
         # Sharded models wait for one another: every rank makes the same forwards, and all come to the same verdict
@@ -304,11 +316,21 @@ def batch_layout(model: Any, kwargs: dict[str, Any]) -> PrefixLayout | str:  # n
     Returns:
         [`PrefixLayout`] or `str`.
     """
+    return row_obstacle(model, kwargs) or pair_layout(kwargs)
+
+
+def row_obstacle(model: Any, kwargs: dict[str, Any]) -> str | None:  # noqa: ANN401 (as above)
+    """What keeps a model from sharing the prefixes of a batch, whatever its pairs are like."""
     if "token_type_ids" in kwargs:
         return "tokens of pictures attend to one another (`token_type_ids`)"
     window = internals.attention_window(model.config.get_text_config())
     if window is not None and kwargs["input_ids"].size(1) > window:
         return f"rows of {kwargs['input_ids'].size(1)} tokens exceed the attention window of {window}"
+    return None
+
+
+def pair_layout(kwargs: dict[str, Any]) -> PrefixLayout | str:
+    """The layout of a batch, or why its pairs share no prefix."""
     for name, value in vision_inputs(kwargs).items():
         halves = value.chunk(2)
         if len(value) % 2 or not torch.equal(*halves):
@@ -368,7 +390,7 @@ def run_rows(
     rows["attention_mask"] = attention_mask(inner, layout)
     if features is not None and "pixel_values" in kwargs:
         features.put_into(inner, rows, kwargs["pixel_values"])
-    with internals.scored_places(inner, layout.scored_index()):
+    with internals.scored_places(inner, layout.scored_index):
         outputs = model(**rows)
     return internals.map_per_token(outputs, layout.restore)
 
@@ -376,7 +398,7 @@ def run_rows(
 def attention_mask(model: Any, layout: PrefixLayout) -> torch.Tensor:  # noqa: ANN401 (as above)
     """The mask of the rows of a layout, in the form that the attention implementation of a model takes."""
     if internals.attention_of(model) == internals.SPLIT_ATTENTION and internals.looks_up_attention(model):
-        return layout.side_mask()
+        return layout.side_mask
     mask = layout.dense_mask()
     if internals.attention_of(model) == internals.SPLIT_ATTENTION:
         return mask

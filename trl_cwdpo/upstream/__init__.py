@@ -15,12 +15,14 @@ import contextlib
 import functools
 import importlib.resources
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import extract_model_from_parallel, is_peft_model
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
@@ -228,7 +230,8 @@ def reference_forward(
     model: Any = getattr(trainer, "ref_model", None)  # a trainer of SFT has none
     if model is None:
         # The wrapped policy would run DDP's bookkeeping for a forward that has no backward
-        model, peft_model = trainer.model, trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.model
+        peft_model: Any = model if isinstance(model, PeftModel) else trainer.accelerator.unwrap_model(model)
         adapter = use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None)
     policy: Any = trainer.model
     checkpointing_kwargs: Any = trainer.args.gradient_checkpointing_kwargs
@@ -416,10 +419,19 @@ def accelerate_config_words(name: str) -> list[str]:
         ) from None
 
 
+# Accelerate reads the metadata of installed packages each time it unwraps a model, which takes milliseconds
+_WITHIN: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
+
+
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model within a model, without the wrappers of accelerate and PEFT."""
-    inner: Any = extract_model_from_parallel(model)
-    return inner.get_base_model() if is_peft_model(inner) else inner
+    known = _WITHIN.get(model)
+    inner: Any = None if known is None else known()
+    if inner is None:
+        inner = extract_model_from_parallel(model)
+        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+        _WITHIN[model] = weakref.ref(inner)
+    return inner
 
 
 @contextlib.contextmanager

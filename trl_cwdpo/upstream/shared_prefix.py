@@ -10,18 +10,23 @@ Assumed, and pinned down by `tests/test_upstream_shared_prefix.py`:
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 SPLIT_ATTENTION = "sdpa"
 DENSE_ATTENTION = "eager"
 STATELESS_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# A model has many modules, and every batch asks
+_LOOKS_UP: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -41,6 +46,7 @@ class SplitAttention:
 
     def __init__(self, attention: Attention) -> None:
         self.attention = attention
+        self._additive = WeakTensorKeyDictionary()
 
     def __call__(
         self,
@@ -54,6 +60,7 @@ class SplitAttention:
         """Attend; see `AttentionInterface` of transformers for arguments and result."""
         if attention_mask is None or attention_mask.dim() != 4 or not _covers_sides_only(attention_mask, query, key):
             return self.attention(module, query, key, value, attention_mask, **kwargs)
+        attention_mask = self._as_additive(attention_mask, query.dtype)
         rows, columns = attention_mask.shape[-2:]
         prompt, shorter = columns - rows, query.shape[2] - columns
         kwargs["is_causal"] = True
@@ -67,6 +74,14 @@ class SplitAttention:
         mask = attention_mask[..., :shorter, : prompt + shorter]
         parts.append(self.attention(module, query[:, :, columns:], keys, values, mask, **kwargs))
         return torch.cat([output for output, _ in parts], dim=1), None
+
+    def _as_additive(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # Kernels add their masks. From one of bools each layer would make its own, and keep it for the backward pass
+        added = self._additive.get(mask)
+        if added is None or added.dtype != dtype:
+            added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            self._additive[mask] = added
+        return added
 
 
 def _covers_sides_only(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -91,9 +106,10 @@ def attention_of(model: PreTrainedModel) -> str:
 
 def looks_up_attention(model: PreTrainedModel) -> bool:
     """Whether a model takes its attention function from `AttentionInterface`."""
-    return all(
-        module._can_set_attn_implementation() for module in model.modules() if isinstance(module, PreTrainedModel)
-    )
+    if model not in _LOOKS_UP:
+        parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+        _LOOKS_UP[model] = all(part._can_set_attn_implementation() for part in parts)
+    return _LOOKS_UP[model]
 
 
 def attention_window(config: PretrainedConfig) -> int | None:
