@@ -28,10 +28,12 @@ LAYERS: tuple[frozenset[str], ...] = (
             "negative_options",
             "objectives",
             "options",
+            "pair_checks",
             "pictures_once",
             "prefix_layout",
             "probe_measures",
             "probe_options",
+            "stored_pictures",
         }
     ),
     frozenset(
@@ -67,7 +69,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     # What trainers add to themselves.
-    frozenset({"probes", "negatives"}),
+    frozenset({"probes", "negatives", "row_errors"}),
     frozenset({"callbacks"}),
     frozenset({"cwdpo_trainer", "gentle_negative_sft_trainer"}),
     frozenset({"audit", "evaluation", "report"}),

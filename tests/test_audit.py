@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from trl_cwdpo.audit import Quantities, audit_lengths, audit_rows, image_problem, length_bias
+from trl_cwdpo.audit import Quantities, audit_lengths, audit_rows, length_bias
+from trl_cwdpo.stored_pictures import picture_fault
 
 
 def png(red=0, size=4):
@@ -19,6 +20,10 @@ def png(red=0, size=4):
 
 def row(prompt="what ?", chosen="good", rejected="evil", **columns):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **columns}
+
+
+def talk(prompt, chosen="good", rejected="evil"):
+    return row(prompt, *([{"role": "assistant", "content": content}] for content in (chosen, rejected)))
 
 
 def found(rows):
@@ -44,15 +49,15 @@ def test_clean_rows_have_no_findings():
         (row(""), "empty prompt", "error"),
         (row(None), "empty prompt", "error"),
         (
-            row([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]),
+            talk([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]),
             "empty prompt",
             "error",
         ),
         (row("d", ""), "empty chosen response", "error"),
         (row("d", None), "empty chosen response", "error"),
-        (row("d", "x", [{"role": "assistant", "content": " "}]), "empty rejected response", "error"),
+        (row("d", "x", " "), "empty rejected response", "error"),
         (row("d", "same", " same"), "identical responses", "warning"),
-        (row("d", 3, "x"), "malformed response", "error"),
+        (row("d", 3, "x"), "malformed row", "error"),
         (row("d", image={"bytes": b"no image", "path": None}), "unreadable image", "error"),
         (row("d", image={"bytes": png()["bytes"][:45], "path": None}), "unreadable image", "error"),
         (row("d", image={"bytes": None, "path": "/nowhere/a.png"}), "unreadable image", "error"),
@@ -104,7 +109,7 @@ def test_standard_and_conversational_prompts_are_told_apart_by_their_roles():
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}],
     ]
-    assert audit_rows([row(prompt) for prompt in conversations])[0].distinct_prompts == 2
+    assert audit_rows([talk(prompt) for prompt in conversations])[0].distinct_prompts == 2
 
 
 def test_pictures_are_counted_from_either_column():
@@ -172,5 +177,5 @@ def test_a_limit_that_no_pair_keeps_is_an_error():
 
 
 def test_decoded_pictures_have_no_problem():
-    assert image_problem(Image.new("RGB", (2, 2))) is None
+    assert picture_fault(Image.new("RGB", (2, 2))) is None
     assert found([row(image=Image.new("RGB", (2, 2)))]) == {}

@@ -157,10 +157,11 @@ def test_rows_keep_their_numbers_across_batches_of_reading(caplog):
 
 def test_conversational_rows_are_read_through_arrow():
     # Arrow fills the keys that only some messages have with None
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "what colour?"}]}]
     rows = [
-        {"chosen": parts("blue"), "rejected": parts("green")},
-        {"chosen": parts("blue"), "rejected": parts(" blue")},
-        {"chosen": assistant([{"type": "text", "text": None}]), "rejected": parts("green")},
+        {"prompt": prompt, "chosen": parts("blue"), "rejected": parts("green")},
+        {"prompt": prompt, "chosen": parts("blue"), "rejected": parts(" blue")},
+        {"prompt": prompt, "chosen": assistant([{"type": "text", "text": None}]), "rejected": parts("green")},
     ]
     kept, counts = drop_unusable_pairs(Dataset.from_list(rows), "train")
     assert len(kept) == 1
@@ -424,11 +425,12 @@ def spoiling_collator(examples):
 
 
 def test_rows_are_not_changed_by_a_collator_that_changes_them():
-    examples = [{"prompt": "p", "image": "a"}, {"prompt": "q", "image": None}, {"prompt": "r", "images": ["b", None]}]
-    before = copy.deepcopy(examples)
+    a, b = torch.zeros(1), torch.ones(1)
+    examples = [{"prompt": "p", "image": a}, {"prompt": "q", "image": None}, {"prompt": "r", "images": [b, None]}]
+    before = copy.copy(examples), [list(example) for example in examples], list(examples[2]["images"])
     batch = PreferenceCollator(spoiling_collator)(examples)
-    assert examples == before
-    assert batch["seen"] == [["a"], [], ["b"]]
+    assert (examples, [list(example) for example in examples], examples[2]["images"]) == before
+    assert batch["seen"] == [[a], [], [b]]
 
 
 # --- the chosen half -------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from trl_cwdpo.data import PreferenceCollator
 from trl_cwdpo.lengths import (
     PromptLengths,
     drop_overlong_vision_pairs,
-    image_sizes,
     pair_lengths,
     prompt_lengths,
     rows_that_lose_images,
 )
 from trl_cwdpo.shapes import build_processor
+from trl_cwdpo.stored_pictures import EXIF_ORIENTATION, image_sizes
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 FEATURES = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "images": List(Image())})
@@ -126,7 +126,7 @@ def test_pictures_that_would_have_to_be_fetched_are_not(processor):
 def test_a_picture_that_cannot_be_opened_is_named(processor):
     rows = dataset((3, 1), (3, 1)).to_dict()
     rows["images"][1] = [{"bytes": b"no image", "path": None}]
-    with pytest.raises(ValueError, match="Row 1: a picture cannot be opened"):
+    with pytest.raises(ValueError, match="Row 1 of the data, column 'images': a picture cannot be opened"):
         drop_overlong_vision_pairs(Dataset.from_dict(rows, features=FEATURES), processor, 100, "train")
 
 
@@ -175,7 +175,7 @@ def test_a_processor_that_cannot_tell_is_run_on_every_row(processor, exact_calls
 
 def test_sizes_come_from_headers_and_follow_the_orientation(tmp_path):
     exif = Pictures.Exif()
-    exif[module.EXIF_ORIENTATION] = 6
+    exif[EXIF_ORIENTATION] = 6
     turned = png(10, 20, "JPEG", exif=exif)
     Pictures.new("RGB", (7, 9)).save(tmp_path / "a.png")
     columns = {

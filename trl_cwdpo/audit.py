@@ -5,7 +5,6 @@ or makes the result worse; a note is only worth knowing.
 """
 
 import hashlib
-import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import NormalDist, mean, median
 from typing import Any, Literal
 
-import PIL.Image
-
-from .data import excerpt, pair_problem, response_text, with_image_list
+from .data import UnusablePairError, excerpt, pair_problem, response_text, with_image_list
+from .pair_checks import pair_fault
+from .stored_pictures import picture_fault
 
 Severity = Literal["error", "warning", "note"]
 
@@ -185,7 +184,11 @@ def audit_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[AuditReport, list[int
     lengths: list[tuple[int, int]] = []
     for index, source in enumerate(rows):
         count += 1
-        row = with_image_list(dict(source))
+        try:
+            row = with_image_list(dict(source))
+        except UnusablePairError as error:
+            findings.add("error", "malformed row", index, str(error))
+            continue
         images = row.get("images") or []
         images_per_row[len(images)] += 1
         if _audit_row(row, images, index, findings):
@@ -207,22 +210,23 @@ def audit_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[AuditReport, list[int
 
 def _audit_row(row: Mapping[str, Any], images: Sequence[Any], index: int, findings: _Findings) -> bool:
     """Whether a row can be trained on; what is wrong with it goes to the findings."""
-    faults = []
+    faults: list[str] = []
+    fault = pair_fault(row, len(images) if "images" in row else None)
+    if fault is not None:
+        findings.add("error", "malformed row", index, fault)
+        return False
     if "prompt" in row and not any(text for _, text in _turns(row["prompt"])):
         findings.add("error", "empty prompt", index)
         faults.append("prompt")
-    try:
-        problem = pair_problem(row.get("chosen"), row.get("rejected"))
-    except (AttributeError, KeyError, TypeError):
-        problem = "malformed response"
+    problem = pair_problem(row.get("chosen"), row.get("rejected"))
     if problem is not None:
         example = excerpt(repr(row.get("chosen")))
         findings.add(SEVERITY_OF_PROBLEMS.get(problem, "error"), problem, index, f"chosen is {example}")
         faults.append(problem)
     for image in images:
-        reason = image_problem(image)
+        reason = picture_fault(image)
         if reason is not None:
-            findings.add("error", "unreadable image", index, reason)
+            findings.add("error", "unreadable image", index, excerpt(reason))
             faults.append(reason)
             break
     return not faults
@@ -232,30 +236,6 @@ def _turns(prompt: Any) -> list[tuple[str, str]]:  # noqa: ANN401 (either format
     """Role and text of each message of a prompt."""
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     return [(str(message.get("role")), response_text([message])) for message in messages if message]
-
-
-def image_problem(image: Any) -> str | None:  # noqa: ANN401 (as stored, or decoded)
-    """
-    Why a picture cannot be read.
-
-    Args:
-        image (`dict` or [`PIL.Image.Image`]):
-            `bytes` and `path` of a picture, or a decoded one.
-
-    Returns:
-        `str` or `None`.
-    """
-    if not isinstance(image, Mapping):
-        return None
-    source = image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
-    if source is None:
-        return "neither bytes nor a path"
-    try:
-        with PIL.Image.open(source) as opened:
-            opened.load()
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        return excerpt(str(error))
-    return None
 
 
 def _prompt_key(row: Mapping[str, Any], images: Sequence[Any]) -> str:

@@ -30,7 +30,7 @@ from . import objectives, upstream
 from .calibration import CoolingCalibration, calibrate
 from .callbacks import add_configured_callbacks
 from .cwdpo_config import CWDPOConfig
-from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits
+from .data import AnyDatasets, PreferenceCollator
 from .faults import GuardedTraining, stop_if_not_finite
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
@@ -39,6 +39,7 @@ from .negatives.refresh import RowKeepingCollator
 from .negatives.wiring import build_negatives, check_can_sample
 from .paper import PAPER
 from .reference_cache import COLUMNS, ReferenceCache
+from .row_errors import NamesRows, checked_datasets
 from .run_state import KeptTokenCount, RunState
 from .shared_prefix import SharesPrefixes
 from .upstream import processors, reference
@@ -52,7 +53,9 @@ EASY_WEIGHT = 0.1
 EXTREMES = {"cooling/weight_min": min, "cooling/weight_max": max}
 
 
-class CWDPOTrainer(GuardedTraining, CompleteCheckpoints, SharesPrefixes, FinishedRunStaysFinished, DPOTrainer):
+class CWDPOTrainer(
+    GuardedTraining, NamesRows, CompleteCheckpoints, SharesPrefixes, FinishedRunStaysFinished, DPOTrainer
+):
     r"""
     Trainer for Cooling-Weighted DPO, stage 2 of *Learning Dynamics of VLM Finetuning*
     ([arXiv 2510.11978](https://huggingface.co/papers/2510.11978)).
@@ -136,7 +139,7 @@ class CWDPOTrainer(GuardedTraining, CompleteCheckpoints, SharesPrefixes, Finishe
         # Without a reference model of the user's or an adapter to switch off, TRL would load the model a second time
         self._keeps_one_model = args.reference_cache_dir is not None and ref_model is None
         self._reference_of_init: torch.nn.Module | None = None
-        train_dataset, eval_dataset, self.dropped_pairs = drop_unusable_pairs_of_splits(train_dataset, eval_dataset)
+        train_dataset, eval_dataset, self.dropped_pairs = checked_datasets(train_dataset, eval_dataset)
         with reference.restored_options(args):
             super().__init__(
                 model=model,

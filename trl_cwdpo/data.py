@@ -6,14 +6,19 @@ column, a dataset without any usable pair, a pair whose response does not fit `m
 """
 
 import logging
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import PIL.Image
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from .pair_checks import pair_fault, shown
 from .pictures_once import MARK, TEXT_TENSORS, PicturesOnce, is_of_pictures
+from .stored_pictures import IMAGE_COLUMNS, picture_counts
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +26,15 @@ AnyDatasets: TypeAlias = (
     Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
 )
 
+
+class UnusablePairError(ValueError):
+    """A preference pair from which no inputs of a model can be made."""
+
+
 REQUIRED_COLUMNS = ("chosen", "rejected")
+TEXT_COLUMNS = ("prompt", *REQUIRED_COLUMNS)
+# Unicode categories of what is not seen: separators, control and format characters
+INVISIBLE = ("Z", "C")
 ROWS_SHOWN = 5
 EXCERPT_LENGTH = 80
 
@@ -70,11 +83,42 @@ def pair_problem(chosen: str | list[dict[str, Any]] | None, rejected: str | list
         `str` or `None`: `"empty chosen response"`, `"empty rejected response"`, `"identical responses"`, or `None` for
         a pair that can be trained on.
     """
-    if not chosen or not response_text(chosen):
+    if not chosen or is_blank(response_text(chosen)):
         return "empty chosen response"
-    if not rejected or not response_text(rejected):
+    if not rejected or is_blank(response_text(rejected)):
         return "empty rejected response"
     return "identical responses" if _all_texts(chosen) == _all_texts(rejected) else None
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: white space, zero-width and control characters only."""
+    return all(character.isspace() or unicodedata.category(character)[0] in INVISIBLE for character in text)
+
+
+def row_problem(row: Mapping[str, Any], where: str, pictures: int | None = None) -> str | None:
+    """
+    Why a row is left out.
+
+    Args:
+        row (`Mapping`):
+            `chosen`, `rejected` and, where the data have it, `prompt`.
+        where (`str`):
+            What to call it in the error.
+        pictures (`int`, *optional*):
+            Number of its pictures.
+
+    Returns:
+        `str` or `None`: As [`pair_problem`], or `"empty prompt"`.
+
+    Raises:
+        ValueError: If it cannot be read as a preference pair; it names the row, the column, the value and the fix.
+    """
+    fault = pair_fault(row, pictures)
+    if fault is not None:
+        raise ValueError(f"{where}: {fault}")
+    problem = pair_problem(row.get("chosen"), row.get("rejected"))
+    # A prompt of no text is one; a missing one is not
+    return problem or ("empty prompt" if row.get("prompt", "") in (None, []) else None)
 
 
 def check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
@@ -94,7 +138,7 @@ def check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     if columns is None or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"The {name} dataset is empty: there is no pair to train on.")
     # Text-only data may hold its prompts within the responses; pictures belong to a prompt
-    required = ("prompt", *REQUIRED_COLUMNS) if {"image", "images"} & set(columns) else REQUIRED_COLUMNS
+    required = ("prompt", *REQUIRED_COLUMNS) if set(IMAGE_COLUMNS) & set(columns) else REQUIRED_COLUMNS
     missing = [column for column in required if column not in columns]
     if missing:
         raise ValueError(
@@ -141,19 +185,10 @@ def drop_unusable_pairs(
     """
     check_columns(dataset, name)
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(_StreamFilter(name), input_columns=list(REQUIRED_COLUMNS)), {}
+        return _usable_pairs_of_stream(dataset, name), {}
     rows: dict[str, list[int]] = {}
-    # Only the text columns are read, so that no picture is decoded
-    texts = dataset if _is_transformed(dataset) else dataset.with_format(None).select_columns(list(REQUIRED_COLUMNS))
-    pairs = (pair for batch in texts.iter(1000) for pair in zip(batch["chosen"], batch["rejected"], strict=True))
-    for index, (chosen, rejected) in enumerate(pairs):
-        try:
-            problem = pair_problem(chosen, rejected)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"Row {index} of the {name} dataset: 'chosen' and 'rejected' must be strings or lists of messages "
-                f"(`{{'role': …, 'content': …}}`), got {excerpt(repr(chosen))} and {excerpt(repr(rejected))}."
-            ) from error
+    for index, (row, pictures) in enumerate(_text_rows(dataset)):
+        problem = row_problem(row, f"Row {index} of the {name} dataset", pictures)
         if problem is not None:
             rows.setdefault(problem, []).append(index)
     if not rows:
@@ -168,19 +203,48 @@ def drop_unusable_pairs(
 
 
 def _rows(indices: list[int]) -> str:
-    shown = ", ".join(map(str, indices[:ROWS_SHOWN]))
-    return f"row{'s' if len(indices) > 1 else ''} {shown}{', …' if len(indices) > ROWS_SHOWN else ''}"
+    first = ", ".join(map(str, indices[:ROWS_SHOWN]))
+    return f"row{'s' if len(indices) > 1 else ''} {first}{', …' if len(indices) > ROWS_SHOWN else ''}"
+
+
+def _text_rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], int | None]]:
+    """The text columns of each row and, where pictures are stored, their number; no picture is decoded."""
+    names = [name for name in TEXT_COLUMNS if name in dataset.column_names or _is_transformed(dataset)]
+    if _is_transformed(dataset):
+        yield from (({name: row[name] for name in names if name in row}, None) for row in dataset)
+        return
+    counts = picture_counts(dataset)
+    for batch in dataset.with_format(None).select_columns(names).iter(1000):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            yield dict(zip(names, values, strict=True)), None if counts is None else next(counts)
+
+
+def _usable_pairs_of_stream(dataset: IterableDataset, name: str) -> IterableDataset:
+    # Where the features are known, every row has every column, and no picture need be read
+    names = [column for column in TEXT_COLUMNS if column in (dataset.features or {})]
+    keeps = _StreamFilter(name, tuple(names))
+    usable = dataset.filter(keeps, input_columns=names or None, with_indices=True)
+    if next(iter(usable), None) is None:
+        raise ValueError(f"The {name} dataset has no usable pair: {dict(keeps.dropped)}.")
+    return usable
 
 
 class _StreamFilter:
     # A class rather than a closure, so that workers of a dataloader can unpickle it
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, columns: tuple[str, ...] = ()) -> None:
         self.name = name
+        self.columns = columns
         self.dropped: Counter[str] = Counter()
 
-    def __call__(self, chosen: Any, rejected: Any) -> bool:  # noqa: ANN401 (either format)
-        problem = pair_problem(chosen, rejected)
+    def __call__(self, *values: Any) -> bool:
+        *values, index = values
+        row = dict(zip(self.columns, values, strict=True)) if self.columns else values[0]
+        where = f"Row {index} of the {self.name} dataset"
+        missing = [column for column in REQUIRED_COLUMNS if column not in row]
+        if missing:
+            raise ValueError(f"{where} has no column {missing[0]!r}; it has {sorted(row)}. Leave such rows out.")
+        problem = row_problem(row, where)
         if problem is None:
             return True
         self.dropped[problem] += 1
@@ -229,12 +293,47 @@ def with_image_list(example: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `dict`.
+
+    Raises:
+        UnusablePairError: If `images` is no list.
     """
     example = dict(example)
     if "image" in example or "images" in example:
-        images = [example.pop("image", None), *(example.get("images") or [])]
+        images = example.get("images")
+        if images is not None and not isinstance(images, list | tuple):
+            raise UnusablePairError(
+                f"The pair whose prompt is {excerpt(_prompt_text(example))!r} has {shown(images)} as its 'images', "
+                f"which is no list but {type(images).__name__}. Rename the column 'image', or make it a list."
+            )
+        images = [example.pop("image", None), *(images or [])]
         example["images"] = [image for image in images if image is not None]
     return example
+
+
+def refuse_unopened_pictures(row: Mapping[str, Any]) -> None:
+    """
+    Raise if something stands where pictures should: a path or an address would be opened by the processor, whoever
+    wrote it into the data.
+
+    Args:
+        row (`Mapping`):
+            Row with `images`, or without pictures.
+
+    Raises:
+        UnusablePairError: Naming the value and the fix.
+    """
+    for picture in row.get("images") or ():
+        if not isinstance(picture, PIL.Image.Image | np.ndarray | torch.Tensor):
+            raise UnusablePairError(
+                f"The pair whose prompt is {excerpt(_prompt_text(row))!r} has {shown(picture)} among its 'images', "
+                f"which is no picture but {type(picture).__name__}. Paths are not opened: make the column one of "
+                "pictures with `dataset.cast_column('images', datasets.List(datasets.Image()))`."
+            )
+
+
+def _prompt_text(row: Mapping[str, Any]) -> str:
+    prompt = row.get("prompt", "(tokenized)")
+    return response_text(prompt) if isinstance(prompt, str | list) else shown(prompt)
 
 
 def one_side(
@@ -317,9 +416,12 @@ class PreferenceCollator:
             `dict` of tensors with `2B` rows, or `B` with `chosen_only`.
 
         Raises:
-            ValueError: If a response has no token left.
+            ValueError: If a response has no token left, a picture is none, or a pair cannot be processed.
         """
-        batch = self.collator([with_image_list(example) for example in examples])
+        rows = [with_image_list(example) for example in examples]
+        for row in rows:
+            refuse_unopened_pictures(row)
+        batch = self._collated(rows)
         self._check_lengths(batch["completion_mask"], examples)
         if self.chosen_labels:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
@@ -331,6 +433,20 @@ class PreferenceCollator:
             del batch["completion_mask"]
         return batch
 
+    def _collated(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return self.collator([dict(row) for row in rows])
+        except Exception as error:
+            for row in rows:
+                try:
+                    self.collator([dict(row)])
+                except type(error) as same:
+                    raise UnusablePairError(
+                        f"The pair whose prompt is {excerpt(_prompt_text(row))!r} cannot be made into model inputs: "
+                        f"{same}. Check its 'prompt', 'chosen', 'rejected' and pictures."
+                    ) from error
+            raise
+
     def _check_lengths(self, completion_mask: torch.Tensor, examples: list[dict[str, Any]]) -> None:
         # The first position predicts nothing, so a token there does not count
         empty = (completion_mask[:, 1:].sum(dim=1) == 0).nonzero().flatten().tolist()
@@ -338,7 +454,7 @@ class PreferenceCollator:
             return
         side = "chosen" if empty[0] < len(examples) else "rejected"
         example = examples[empty[0] % len(examples)]
-        text = excerpt(response_text(example.get("prompt"))) if "prompt" in example else "(tokenized)"
+        text = excerpt(_prompt_text(example))
         raise ValueError(
             f"{len(empty)} response(s) of a batch have no token left after truncation to `max_length`="
             f"{self.max_length}; the first is the {side} response to the prompt {text!r}. Raise `max_length`, set it "

@@ -28,13 +28,14 @@ from trl import SFTConfig, SFTTrainer
 
 from . import objectives, upstream
 from .callbacks import add_configured_callbacks
-from .data import AnyDatasets, PreferenceCollator, drop_unusable_pairs_of_splits, one_side
+from .data import AnyDatasets, PreferenceCollator, one_side
 from .faults import GuardedTraining, stop_if_not_finite
 from .gentle_negative_sft_config import GentleNegativeSFTConfig
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
 from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
+from .row_errors import NamesRows, checked_datasets, prepared_rows
 from .run_state import KeptTokenCount, RunState
 from .shared_prefix import SharesPrefixes
 from .upstream.resuming import CompleteCheckpoints, FinishedRunStaysFinished
@@ -46,7 +47,7 @@ CALIBRATION_SIZE = 256
 
 
 class GentleNegativeSFTTrainer(
-    GuardedTraining, CompleteCheckpoints, SharesPrefixes, FinishedRunStaysFinished, SFTTrainer
+    GuardedTraining, NamesRows, CompleteCheckpoints, SharesPrefixes, FinishedRunStaysFinished, SFTTrainer
 ):
     r"""
     Trainer for stage 1 of *Learning Dynamics of VLM Finetuning* ([arXiv
@@ -109,7 +110,7 @@ class GentleNegativeSFTTrainer(
         for option, value in (("compute_loss_func", compute_loss_func), ("formatting_func", formatting_func)):
             if value is not None:
                 raise ValueError(f"`{option}` is not supported: loss and data of stage 1 are pairs. Subclass or map.")
-        train_dataset, eval_dataset, self.dropped_pairs = drop_unusable_pairs_of_splits(train_dataset, eval_dataset)
+        train_dataset, eval_dataset, self.dropped_pairs = checked_datasets(train_dataset, eval_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -169,7 +170,10 @@ class GentleNegativeSFTTrainer(
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        dataset = upstream.prepare_preference_dataset(self, dataset, processing_class, args, dataset_name)
+        def prepare(rows: Any) -> Any:  # noqa: ANN401 (in memory or a stream)
+            return upstream.prepare_preference_dataset(self, rows, processing_class, args, dataset_name)
+
+        dataset = prepared_rows(self, prepare, dataset, processing_class, args.max_length, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -12,37 +12,26 @@ the processor in any case, and all rows are where it cannot tell.
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-import PIL.Image
-import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from datasets import Dataset, Image, IterableDataset, List
+from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
 from trl import apply_chat_template, maybe_extract_prompt, prepare_multimodal_messages
 
 from .data import excerpt, response_text, with_image_list
+from .stored_pictures import RemoteImageError, Size, has_stored_images, image_sizes
 
 logger = logging.getLogger(__name__)
 
-Size: TypeAlias = tuple[int, int]
-
 TOO_LONG = "longer than max_length"
-IMAGE_COLUMNS = ("image", "images")
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 BATCH = 256
 # Rows on which the estimate is compared with the processor
 VERIFIED_ROWS = 4
 # Processors wrap pictures in a few tokens more than they tell of
 SLACK = 16
-EXIF_ORIENTATION = 0x0112
-# Orientations that exchange height and width
-TURNED = {5, 6, 7, 8}
 ROWS_SHOWN = 5
-
-
-class RemoteImageError(ValueError):
-    """A picture that would have to be fetched to know its size."""
 
 
 class PromptLengths:
@@ -286,68 +275,6 @@ def rows_that_lose_images(
     return found
 
 
-def image_sizes(dataset: Dataset, start: int, stop: int) -> list[list[Size]]:
-    """
-    Height and width of the pictures of some rows, read off their headers.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Dataset with pictures in `image` or `images`.
-        start (`int`):
-            First row.
-        stop (`int`):
-            Row after the last.
-
-    Returns:
-        `list[list[tuple[int, int]]]`, one list for each row.
-
-    Raises:
-        ValueError: If a picture cannot be opened; it names the row.
-    """
-    columns = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
-    table = dataset.select_columns(columns).with_format("arrow")[start:stop]
-    sizes: list[list[Size]] = []
-    for offset in range(stop - start):
-        cells = [cell for name in columns for cell in _cells(table[name][offset])]
-        try:
-            sizes.append([size_of(cell) for cell in cells])
-        except RemoteImageError:
-            raise
-        except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(f"Row {start + offset}: a picture cannot be opened: {error}") from error
-    return sizes
-
-
-def _cells(scalar: Any) -> list[Any]:  # noqa: ANN401 (a scalar of Arrow's)
-    if not scalar.is_valid:
-        return []
-    cells = [scalar] if pa.types.is_struct(scalar.type) else [scalar.values[index] for index in range(len(scalar))]
-    return [cell for cell in cells if cell.is_valid]
-
-
-def size_of(cell: Any) -> Size:  # noqa: ANN401 (a scalar of Arrow's)
-    """
-    Height and width of a stored picture, as it is once decoded.
-
-    Args:
-        cell (`pyarrow.StructScalar`):
-            `bytes` or `path` of a picture.
-
-    Returns:
-        `tuple[int, int]`.
-    """
-    content = cell["bytes"]
-    source = pa.BufferReader(content.as_buffer()) if content.is_valid else cell["path"].as_py()
-    if isinstance(source, str) and "://" in source:
-        raise RemoteImageError(f"{source!r} is a URL.")
-    with PIL.Image.open(source) as image:
-        width, height = image.size
-        # PNG looks for it behind the pixels, which would be decoded
-        has_exif = image.format != "PNG" or "exif" in image.info
-        turned = has_exif and image.getexif().get(EXIF_ORIENTATION) in TURNED
-    return (width, height) if turned else (height, width)
-
-
 def drop_overlong_vision_pairs(
     dataset: Dataset | IterableDataset, processor: ProcessorMixin, max_length: int, name: str
 ) -> tuple[Dataset | IterableDataset, int]:
@@ -398,13 +325,6 @@ def drop_overlong_vision_pairs(
         way_out,
     )
     return dataset.select([index for index in range(len(dataset)) if index not in overlong]), len(overlong)
-
-
-def has_stored_images(dataset: Dataset) -> bool:
-    """Whether a dataset has columns of pictures, stored as such, and only those."""
-    features = [dataset.features[name] for name in IMAGE_COLUMNS if name in dataset.column_names]
-    images = [feature.feature if isinstance(feature, List) else feature for feature in features]
-    return bool(images) and all(isinstance(image, Image) for image in images) and dataset.format["type"] != "custom"
 
 
 def drop_overlong_pairs(trainer: Any) -> None:  # noqa: ANN401 (either trainer)
