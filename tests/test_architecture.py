@@ -48,6 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "probe_examples",
             "probe_records",
             "reference_store",
+            "table_files",
             "upstream",
         }
     ),

@@ -6,7 +6,7 @@ from trl import DPOConfig
 
 from .calibration import PRESETS, number_or_auto
 from .negative_options import NegativeOptions, refuse_stored_references
-from .options import bool_or_auto
+from .options import bool_or_auto, check_types
 from .probe_options import ProbeOptions
 
 COOLING_MODES = ("loss", "gate", "constant", "off")
@@ -143,19 +143,23 @@ class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self._read_words()
+        check_types(self)
         super().__post_init__()
         self._check_probe_options()
-        # YAML reads a bare `off` as the boolean
-        self.cooling_mode = self.cooling_mode or "off"
-        self.cooling_floor = number_or_auto("cooling_floor", self.cooling_floor)
-        self.cooling_temperature = number_or_auto("cooling_temperature", self.cooling_temperature)
-        self.share_prefix = bool_or_auto("share_prefix", self.share_prefix)
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
         self._check_negative_options()
         if self.samples_negatives:
             refuse_stored_references(self.precompute_ref_log_probs, self.reference_cache_dir)
+
+    def _read_words(self) -> None:
+        # YAML reads a bare `off` as the boolean
+        self.cooling_mode = "off" if self.cooling_mode is False else self.cooling_mode
+        self.cooling_floor = number_or_auto("cooling_floor", self.cooling_floor)
+        self.cooling_temperature = number_or_auto("cooling_temperature", self.cooling_temperature)
+        self.share_prefix = bool_or_auto("share_prefix", self.share_prefix)
 
     def _check_choices(self) -> None:
         for name, choices in (("cooling_mode", COOLING_MODES), ("cooling_preset", COOLING_PRESETS)):

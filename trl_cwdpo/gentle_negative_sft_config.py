@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .calibration import number_or_auto
-from .options import bool_or_auto
+from .options import bool_or_auto, check_types
 from .probe_options import ProbeOptions
 
 NEGATIVE_LOSS_TYPES = ("smoothed", "hinge", "band", "none")
@@ -112,6 +112,8 @@ class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        self._read_words()
+        check_types(self)
         super().__post_init__()
         self._check_probe_options()
         if self.negative_loss_type not in NEGATIVE_LOSS_TYPES:
@@ -124,11 +126,13 @@ class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
             )
         if self.negative_weight is None:
             self.negative_weight = DEFAULT_NEGATIVE_WEIGHTS[self.negative_loss_type]
+        self._check_negative_ranges()
+        self._check_inherited_options()
+
+    def _read_words(self) -> None:
         self.negative_nll_floor = number_or_auto("negative_nll_floor", self.negative_nll_floor)
         self.negative_nll_ceiling = number_or_auto("negative_nll_ceiling", self.negative_nll_ceiling)
         self.share_prefix = bool_or_auto("share_prefix", self.share_prefix)
-        self._check_negative_ranges()
-        self._check_inherited_options()
 
     @property
     def uses_negatives(self) -> bool:

@@ -31,6 +31,8 @@ from datasets import (
 from .data_arguments import DataArguments
 from .formats import LAYOUTS, convert, parse_columns, recognise, text_columns
 from .image_paths import check_embedded_images, locate, undecoded
+from .stored_pictures import is_image_column
+from .table_files import naming_lines
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ScriptArguments
@@ -147,13 +149,17 @@ def load_preference_dataset(
     if files:
         if config is not None:
             raise ValueError(f"The files at {name!r} have no configurations: remove `dataset_config` ({config!r}).")
-        splits = load_dataset(BUILDERS[files[0].suffix], data_files=_files_by_split(files), streaming=streaming)
+        with naming_lines(name, files):
+            splits = load_dataset(BUILDERS[files[0].suffix], data_files=_files_by_split(files), streaming=streaming)
+            for rows in () if streaming else splits.values():
+                rows.data.validate(full=True)  # text that is no UTF-8 passes the reader
     elif (path / "dataset_dict.json").is_file():
         splits = load_from_disk(name)
         if streaming:
             splits = IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
     else:
-        splits = load_dataset(name, name=config, streaming=streaming)
+        with naming_lines(name, ()):
+            splits = load_dataset(name, name=config, streaming=streaming)
     return _in_trl_format(splits, columns, root=root, repository=None if path.exists() else name, check=check_files)
 
 
@@ -230,9 +236,12 @@ def _indexes_images(file: Path) -> bool:
     """Whether a table follows the convention of `datasets` for folders of images: `metadata.jsonl` with file names."""
     if file.name != "metadata.jsonl":
         return False
-    with file.open(encoding="utf-8") as lines:
-        first = json.loads(next(lines, "{}"))
-    return any(column.endswith(("file_name", "file_names")) for column in first)
+    with file.open("rb") as lines:
+        try:
+            first = json.loads(next(lines, b"{}"))
+        except ValueError:
+            return False  # said where the table is read
+    return isinstance(first, dict) and any(column.endswith(("file_name", "file_names")) for column in first)
 
 
 def _files_by_split(files: list[Path]) -> dict[str, list[str]]:
@@ -257,7 +266,7 @@ def _in_trl_format(
     for split, rows in splits.items():
         rows = _with_columns(rows, columns, split)
         rows = _read_images(rows, root, split, check=check, must=columns is not None)
-        image_columns = [name for name in IMAGE_COLUMNS if _is_image((rows.features or {}).get(name))]
+        image_columns = [name for name in IMAGE_COLUMNS if is_image_column((rows.features or {}).get(name))]
         converted[split] = check_embedded_images(rows, image_columns, root, repository, split)
     return type(splits)(converted)
 
@@ -375,10 +384,6 @@ def _counts_of(column: Any) -> list[int]:  # noqa: ANN401 (a column of Arrow's)
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def _is_image(feature: Any) -> bool:  # noqa: ANN401 (a feature of `datasets`)
-    return isinstance(feature.feature if isinstance(feature, List) else feature, Image)
-
-
 def _read_images(rows: Rows, root: Path | None, split: str, *, check: bool, must: bool) -> Rows:
     """Turn the columns that hold paths or bytes of image files into columns of images."""
     if rows.features is None:
@@ -399,6 +404,11 @@ def _read_images(rows: Rows, root: Path | None, split: str, *, check: bool, must
             absolute = partial(_absolute_paths, column=column, root=root, split=split, check=check)
             rows = rows.map(absolute, with_indices=True)
         elif inner not in STORED_IMAGES:
+            if feature is not None and not is_image_column(feature) and inner != Value("null"):
+                raise ValueError(
+                    f"The column {column!r} of the {split} split holds neither pictures nor paths, in one row at "
+                    f"least: its type is {inner}. Give a path, bytes, or null in each row."
+                )
             continue
         features[column] = List(Image()) if is_list else Image()
     changed = [name for name in IMAGE_COLUMNS if features.get(name) != (rows.features or {}).get(name)]

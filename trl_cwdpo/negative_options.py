@@ -1,5 +1,6 @@
 """Options of on-policy negatives, and of vLLM, which can sample them; mixed into the configuration of stage 2."""
 
+import math
 from dataclasses import dataclass, field
 
 SELECTIONS = ("random", "hardest", "lowest_reward")
@@ -276,9 +277,12 @@ class NegativeOptions:
             "negative_refresh_steps": 1,
             "negative_generation_batch_size": 1,
             "negative_log_samples": 0,
+            "vllm_max_model_length": 1,
+            "vllm_tensor_parallel_size": 1,
+            "vllm_server_timeout": 0,
         }
         for name, bound in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < bound:
+            if getattr(self, name) is not None and not getattr(self, name) >= bound:
                 raise ValueError(f"`{name}` must be at least {bound}, got {getattr(self, name)}.")
         if not self.negative_temperature > 0.0:
             raise ValueError(
@@ -287,10 +291,30 @@ class NegativeOptions:
             )
         if not 0.0 < self.negative_top_p <= 1.0:
             raise ValueError(f"`negative_top_p` must lie in (0, 1], got {self.negative_top_p}; 1 keeps every token.")
+        self._check_reward_weights()
+        self._check_vllm_options()
         if self.use_vllm and not self.ds3_gather_for_generation:
             raise ValueError(
                 "`use_vllm=True` needs whole weights to send to vLLM, which `ds3_gather_for_generation=False` does "
                 "not gather. Leave `ds3_gather_for_generation=True`, or sample with transformers (`use_vllm=False`)."
+            )
+
+    def _check_reward_weights(self) -> None:
+        weights = self.negative_reward_weights
+        if weights is not None and not (weights and all(map(math.isfinite, weights))):
+            raise ValueError(
+                f"`negative_reward_weights` must hold a finite number for each function, got {weights}. Leave it out "
+                "for equal ones."
+            )
+
+    def _check_vllm_options(self) -> None:
+        for name in ("vllm_server_port", "vllm_group_port"):
+            if not 0 < getattr(self, name) < 65536:
+                raise ValueError(f"`{name}` must be a port, from 1 to 65535, got {getattr(self, name)}.")
+        if not 0.0 < self.vllm_gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                "`vllm_gpu_memory_utilization` must lie in (0, 1], got "
+                f"{self.vllm_gpu_memory_utilization}: it is the share of a device's memory."
             )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from trl_cwdpo.benchmarks.matrix import Base, Data, parse_matrix
 from trl_cwdpo.cli import main
-from trl_cwdpo.cli.bench import MATRICES, read_yaml
+from trl_cwdpo.cli.bench import MATRICES
 from trl_cwdpo.cli.bench_questions import (
     answer_probabilities,
     answer_questions,
@@ -19,6 +19,7 @@ from trl_cwdpo.cli.bench_questions import (
 )
 from trl_cwdpo.cli.bench_run import read_matrix
 from trl_cwdpo.cli.bench_tasks import TASKS, make_task
+from trl_cwdpo.cli.yaml_files import read_yaml_file
 from trl_cwdpo.shapes import Scene, build_dataset, build_model, build_processor
 from trl_cwdpo.shapes.captions import describe
 
@@ -117,7 +118,7 @@ def test_wrong_files(tmp_path, capsys):
 
 @pytest.mark.parametrize("file", sorted(MATRICES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_matrices_that_come_along(file):
-    matrix = read_matrix(read_yaml(file))
+    matrix = read_matrix(read_yaml_file(file))
     assert matrix.task in TASKS
     assert list(matrix.grid_cells())
 
@@ -125,7 +126,7 @@ def test_matrices_that_come_along(file):
 def test_the_smoke_matrix_has_every_method():
     from trl_cwdpo.benchmarks.methods import METHODS
 
-    matrix = parse_matrix(read_yaml(MATRICES / "smoke.yaml"))
+    matrix = parse_matrix(read_yaml_file(MATRICES / "smoke.yaml"))
     assert {entry.method for entry in matrix.methods.values()} == set(METHODS)
     assert len(matrix.selection_seeds) + len(matrix.seeds) == 2
 

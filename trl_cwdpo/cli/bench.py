@@ -7,10 +7,10 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from trl_cwdpo.cli.demo import default_cache_dir
 from trl_cwdpo.cli.errors import CommandError
+from trl_cwdpo.cli.yaml_files import YamlError, read_yaml_file
 
 MATRICES = Path(__file__).parent.parent / "benchmarks" / "matrices"
 SMOKE = "smoke"
@@ -32,7 +32,10 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     file = matrix_file(arguments.matrix)
-    values = read_yaml(file)
+    try:
+        values = read_yaml_file(file)
+    except YamlError as error:
+        raise CommandError(f"{file} {error}") from error
     folder = arguments.output_dir or Path("outputs") / "bench" / file.stem
 
     from trl_cwdpo.cli.bench_run import run_bench  # takes seconds: torch, transformers, TRL
@@ -68,28 +71,6 @@ def matrix_file(name: str) -> Path:
     raise CommandError(
         f"There is no file {name!r}, and no matrix of that name comes along. Name a file, or one of {known}."
     )
-
-
-def read_yaml(file: Path) -> Any:  # noqa: ANN401 (whatever YAML holds)
-    """
-    Read a YAML file.
-
-    Args:
-        file (`Path`):
-            The file.
-
-    Returns:
-        `Any`: Its content.
-
-    Raises:
-        CommandError: If it is no YAML.
-    """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise CommandError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -7,11 +7,11 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from trl_cwdpo.cli.exit_codes import USAGE
 from trl_cwdpo.cli.train_options import PROGRAM, Stage, launch_options, training_options, usage
+from trl_cwdpo.cli.yaml_files import YamlError, read_yaml_file
 
 FLAG = re.compile(r"-(-|[a-zA-Z])")
 
@@ -147,14 +147,10 @@ def _value(stage: Stage, flag: str, separator: str, value: str, words: list[str]
 
 
 def _read_yaml(stage: Stage, file: str) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        usage_error(stage, f"--config {file} cannot be read: {error.strerror or error}. Name a YAML file.")
-    except yaml.YAMLError as error:
-        usage_error(stage, f"--config {file} is no valid YAML: {' '.join(str(error).split())}")
+        values = read_yaml_file(file)
+    except YamlError as error:
+        usage_error(stage, f"--config {file} {error}")
     if values is None:
         return {}
     if not isinstance(values, dict):

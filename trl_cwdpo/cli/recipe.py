@@ -12,6 +12,7 @@ and at its top `name`, `description`, `output_dir` and `seed`.
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_cwdpo.cli.train_options import STAGES, launch_options, option_groups, training_options
+from trl_cwdpo.cli.yaml_files import YamlError, read_yaml, read_yaml_file
 
 SHAPES = "shapes"
 # How the rows are used, with the defaults. `shapes` stands in the place of `dataset_name`: drawn data.
@@ -123,12 +125,10 @@ def read_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     Raises:
         RecipeError: If there is no such recipe, a section or key is unknown, or a value is impossible.
     """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
     try:
-        raw = yaml.safe_load(_text(name))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error
+        raw = _values(name)
+    except YamlError as error:
+        raise RecipeError(f"{name} {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{name} must map sections to options, such as `data:` with `dataset_name: my_data` below.")
     default_name = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
@@ -192,13 +192,12 @@ def _own(section: str) -> dict[str, Any]:
     return {"data": DATA, "model": MODEL, "evaluation": EVALUATION}.get(section, {})
 
 
-def _text(name: str) -> str:
-    path = Path(name)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _values(name: str) -> Any:  # noqa: ANN401 (any YAML value)
+    if Path(name).is_file():
+        return read_yaml_file(name)
     known = builtin_recipes()
     if name in known:
-        return known[name]
+        return read_yaml(known[name])
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"the recipes that come along are {', '.join(known)}."
     raise RecipeError(f"there is no file and no recipe {name!r}; {hint}")
@@ -234,7 +233,7 @@ def _hint(section: str, key: str, known: list[str]) -> str:
 
 
 def _check(values: dict[str, Any]) -> None:
-    if not isinstance(values["seed"], int):
+    if not isinstance(values["seed"], int) or isinstance(values["seed"], bool):
         raise RecipeError(f"`seed`={values['seed']!r} must be a whole number.")
     data, model = values["data"], values["model"]
     _fill_shapes(data, "data", SHAPES_DATA, ("dataset_name", "datasets"))
@@ -282,10 +281,14 @@ def _fill_shapes(section: dict[str, Any], name: str, defaults: dict[str, Any], o
     if both is not None:
         raise RecipeError(f"`{name}.{SHAPES}` and `{name}.{both}` exclude each other: remove one.")
     section[SHAPES] = {**defaults, **given}
+    for key, value in section[SHAPES].items():
+        least = 0 if key == "seed" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise RecipeError(f"`{name}.{SHAPES}.{key}`={value!r} must be a whole number of at least {least}.")
 
 
 def _is_number(value: Any) -> bool:  # noqa: ANN401 (any YAML value)
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from trl_cwdpo.cli.recipe import (
     builtin_recipes,
     read_recipe,
 )
+from trl_cwdpo.cli.yaml_files import YamlError, read_yaml
 
 PROGRAM = "trl-cwdpo run"
 
@@ -156,8 +157,6 @@ def _pairs(values: dict[str, Any]) -> str:
 
 def _overrides(words: Sequence[str]) -> dict[str, Any]:
     """`--section.key value` and `--section.key=value`, with values read as YAML."""
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
     found: dict[str, Any] = {}
     left = list(words)
     while left:
@@ -169,7 +168,7 @@ def _overrides(words: Sequence[str]) -> dict[str, Any]:
                 raise RecipeError(f"{flag} needs a value.")
             value = left.pop(0)
         try:
-            found[flag[2:]] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{flag} {value!r} is no valid YAML: {' '.join(str(error).split())}") from error
+            found[flag[2:]] = read_yaml(value)
+        except YamlError as error:
+            raise RecipeError(f"{flag} {value!r} {error}") from error
     return found

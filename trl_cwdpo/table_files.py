@@ -1,0 +1,94 @@
+"""Files of preference data that cannot be read: which line, and why, where the reader only says that it failed."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetsError
+
+from .pair_checks import shown
+
+JSON_SUFFIXES = (".json", ".jsonl")
+# What `datasets` and Arrow raise while they read
+READING_ERRORS = (DatasetsError, pa.ArrowException, StopIteration, ValueError)
+
+
+@contextmanager
+def naming_lines(name: str, files: Iterable[Path]) -> Iterator[None]:
+    """
+    Turn errors of reading data into one that names file, line and reason.
+
+    Args:
+        name (`str`):
+            What the user called the data.
+        files (`Iterable[Path]`):
+            The files that are read within the context; none if they are not known.
+
+    Raises:
+        ValueError: Saying what is wrong with them.
+    """
+    try:
+        yield
+    except READING_ERRORS as error:
+        files = list(files)
+        if not files and not isinstance(error, DatasetsError):
+            raise  # already about a name, a split or an option
+        fault = next((fault for file in files if (fault := fault_of_file(file)) is not None), None)
+        raise ValueError(fault or f"The data in {name!r} cannot be read, row by row: {_root(error)}") from error
+
+
+def fault_of_file(file: Path) -> str | None:
+    """
+    What is wrong with a file of JSON lines.
+
+    Args:
+        file (`Path`):
+            The file; of other formats nothing is known.
+
+    Returns:
+        `str` or `None`: File, line and reason.
+    """
+    if file.suffix not in JSON_SUFFIXES:
+        return None
+    lines = [(number, line) for number, line in enumerate(file.read_bytes().splitlines(), start=1) if line.strip()]
+    if not lines:
+        return f"{file} is empty: there is no row in it. Write one JSON object a line."
+    if file.suffix == ".json" or lines[0][1].lstrip().startswith(b"["):
+        return _fault_of_document(file)
+    for number, line in lines:
+        fault = _fault_of_row(line)
+        if fault is not None:
+            return f"{file}, line {number} (row {number - 1}): {fault}"
+    return None
+
+
+def _fault_of_document(file: Path) -> str | None:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"{file} is no valid JSON, row by row: {error}. Write one JSON object a line, in UTF-8."
+    return None
+
+
+def _fault_of_row(line: bytes) -> str | None:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return f"it is not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8."
+    except ValueError as error:
+        return f"it is no valid JSON ({error}): {shown(line[:80].decode('utf-8', 'replace'))}."
+    if not isinstance(row, dict):
+        return f"it is no JSON object but {type(row).__name__} {shown(row)}. Write one object a line."
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"it holds half of a surrogate pair ({error.object[error.start]!a}), which is no character."
+    return None
+
+
+def _root(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
