@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 # From the bottom up. A module imports from lower layers only: not sideways, not upwards. A folder counts as a module.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"_version"}),
+    frozenset({"_version", "redaction"}),
     frozenset(
         {
             "checkpoints",
@@ -79,13 +79,16 @@ LAYERS: tuple[frozenset[str], ...] = (
 )
 # Sideways imports that are meant, each with its reason.
 SIDEWAYS: dict[tuple[str, str], str] = {}
+_OF_CONFIGS = ("probe_options", "redaction")
 # Modules with a closed list of what they may import from the package, whatever their layer.
 CLOSED: dict[str, frozenset[str]] = {
     # The embedded task is a self-contained world: only the command line knows it.
     "shapes": frozenset(),
     # Importing a config must not drag in what the trainer needs.
-    "cwdpo_config": frozenset({"objectives", "calibration", "negative_options", "options", "probe_options"}),
-    "gentle_negative_sft_config": frozenset({"objectives", "calibration", "options", "probe_options"}),
+    "cwdpo_config": frozenset(
+        {"objectives", "calibration", "negative_options", "options", "probe_options", "redaction"}
+    ),
+    "gentle_negative_sft_config": frozenset({"objectives", "calibration", "options", "probe_options", "redaction"}),
 }
 IMPORTERS_OF_SHAPES = frozenset({"cli"})
 

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from trl_cwdpo import CWDPOConfig, CWDPOTrainer, GentleNegativeSFTConfig, GentleNegativeSFTTrainer
 from trl_cwdpo.checkpoints import CheckpointError, last_checkpoint
+from trl_cwdpo.data import UnusablePairError
 
 STAGES = {
     "stage 1": (GentleNegativeSFTTrainer, GentleNegativeSFTConfig),
@@ -158,7 +159,7 @@ def test_a_picture_that_disappears_is_named_and_the_checkpoint_stays(vision_mode
     lost = tmp_path / "9.png"
     options = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "max_steps": 6}
     trainer = build("stage 2", vision_model, tmp_path / "out", Remove(lost), data=data, **options)
-    with pytest.raises(FileNotFoundError, match=r"9\.png"):
+    with pytest.raises(UnusablePairError, match=r"Row 9 of the train dataset, column 'images': .*9\.png"):
         trainer.train()
     assert last_checkpoint(str(tmp_path / "out")) is not None
 

@@ -8,6 +8,7 @@ from .calibration import PRESETS, number_or_auto
 from .negative_options import NegativeOptions, refuse_stored_references
 from .options import bool_or_auto, check_types
 from .probe_options import ProbeOptions
+from .redaction import UnpickledToken
 
 COOLING_MODES = ("loss", "gate", "constant", "off")
 COOLING_PRESETS = tuple(PRESETS)
@@ -156,10 +157,12 @@ class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
 
     def _read_words(self) -> None:
         # YAML reads a bare `off` as the boolean
-        self.cooling_mode = "off" if self.cooling_mode is False else self.cooling_mode
+        mode: object = self.cooling_mode
+        self.cooling_mode = "off" if mode is False else self.cooling_mode
         self.cooling_floor = number_or_auto("cooling_floor", self.cooling_floor)
         self.cooling_temperature = number_or_auto("cooling_temperature", self.cooling_temperature)
         self.share_prefix = bool_or_auto("share_prefix", self.share_prefix)
+        self.hub_token = None if self.hub_token is None else UnpickledToken(self.hub_token)
 
     def _check_choices(self) -> None:
         for name, choices in (("cooling_mode", COOLING_MODES), ("cooling_preset", COOLING_PRESETS)):

@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from .pair_checks import pair_fault, shown
 from .pictures_once import MARK, TEXT_TENSORS, PicturesOnce, is_of_pictures
+from .redaction import printable
 from .stored_pictures import IMAGE_COLUMNS, picture_counts
 
 logger = logging.getLogger(__name__)
@@ -238,8 +239,8 @@ class _StreamFilter:
         self.dropped: Counter[str] = Counter()
 
     def __call__(self, *values: Any) -> bool:
-        *values, index = values
-        row = dict(zip(self.columns, values, strict=True)) if self.columns else values[0]
+        *cells, index = values
+        row = dict(zip(self.columns, cells, strict=True)) if self.columns else cells[0]
         where = f"Row {index} of the {self.name} dataset"
         missing = [column for column in REQUIRED_COLUMNS if column not in row]
         if missing:
@@ -475,7 +476,7 @@ def excerpt(text: str, length: int = EXCERPT_LENGTH) -> str:
     Returns:
         `str`.
     """
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= length else line[: length - 1] + "…"
 
 

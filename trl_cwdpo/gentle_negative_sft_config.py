@@ -8,6 +8,7 @@ from trl import SFTConfig
 from .calibration import number_or_auto
 from .options import bool_or_auto, check_types
 from .probe_options import ProbeOptions
+from .redaction import UnpickledToken
 
 NEGATIVE_LOSS_TYPES = ("smoothed", "hinge", "band", "none")
 NEGATIVE_REDUCTIONS = ("sequence", "batch")
@@ -133,6 +134,7 @@ class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
         self.negative_nll_floor = number_or_auto("negative_nll_floor", self.negative_nll_floor)
         self.negative_nll_ceiling = number_or_auto("negative_nll_ceiling", self.negative_nll_ceiling)
         self.share_prefix = bool_or_auto("share_prefix", self.share_prefix)
+        self.hub_token = None if self.hub_token is None else UnpickledToken(self.hub_token)
 
     @property
     def uses_negatives(self) -> bool:

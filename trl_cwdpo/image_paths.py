@@ -39,13 +39,15 @@ def locate(path: str, root: Path, where: str, *, check: bool = True) -> str:
         FileNotFoundError: If there is no such file.
     """
     _refuse_url(path, where)
+    if "\0" in path:
+        raise ValueError(f"{where}: the image {path!r} is no path: it holds a null character.")
     located = Path(os.path.normpath(root / path))
     if not _is_inside(located, root):
         raise ValueError(
             f"{where}: the image {path!r} lies outside of {str(root)!r}. Set `image_folder` to a folder that "
             "contains it, if you trust the data with that folder."
         )
-    if check and not located.is_file():
+    if check and not os.path.isfile(located):  # of a name that is too long, too
         raise FileNotFoundError(f"{where}: the image {path!r} is named, and there is no such file in {str(root)!r}.")
     return str(located)
 

@@ -47,13 +47,6 @@ SPLIT_WORDS = {"test": "test", "dev": "validation", "val": "validation", "valid"
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # JSON files that describe a dataset rather than hold one
 DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
-# How a picture may be stored without being declared one
-STORED_IMAGES = (
-    Value("binary"),
-    Value("large_binary"),
-    {"bytes": Value("binary"), "path": Value("string")},
-    {"path": Value("string"), "bytes": Value("binary")},
-)
 SAMPLED_ROWS = 16
 _NUM_IMAGES = "_num_images"
 _TEXT_MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -403,7 +396,7 @@ def _read_images(rows: Rows, root: Path | None, split: str, *, check: bool, must
                 )
             absolute = partial(_absolute_paths, column=column, root=root, split=split, check=check)
             rows = rows.map(absolute, with_indices=True)
-        elif inner not in STORED_IMAGES:
+        elif not _is_stored_image(inner):
             if feature is not None and not is_image_column(feature) and inner != Value("null"):
                 raise ValueError(
                     f"The column {column!r} of the {split} split holds neither pictures nor paths, in one row at "
@@ -418,6 +411,13 @@ def _read_images(rows: Rows, root: Path | None, split: str, *, check: bool, must
     for name in changed:
         rows = rows.cast_column(name, features[name])
     return rows
+
+
+def _is_stored_image(feature: Any) -> bool:  # noqa: ANN401 (a feature of `datasets`)
+    """Whether a feature holds pictures without being declared to."""
+    return feature in (Value("binary"), Value("large_binary")) or (
+        isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    )
 
 
 def _absolute_paths(

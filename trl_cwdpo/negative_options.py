@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from .redaction import redacted
+
 SELECTIONS = ("random", "hardest", "lowest_reward")
 VLLM_MODES = ("server", "colocate")
 VLLM_MODEL_IMPLS = ("vllm", "transformers")
@@ -308,6 +310,12 @@ class NegativeOptions:
             )
 
     def _check_vllm_options(self) -> None:
+        url = self.vllm_server_base_url
+        if url is not None and redacted(url) != url:
+            raise ValueError(
+                f"`vllm_server_base_url`={redacted(url)} holds a secret, which trackers and files of the run would "
+                "show. Put user and password into ~/.netrc, which is read for each request."
+            )
         for name in ("vllm_server_port", "vllm_group_port"):
             if not 0 < getattr(self, name) < 65536:
                 raise ValueError(f"`{name}` must be a port, from 1 to 65535, got {getattr(self, name)}.")

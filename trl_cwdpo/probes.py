@@ -27,6 +27,7 @@ from .probe_passes import SHARDED, Passes, Reference
 from .probe_records import RECORDS_FILE, ProbeRecord, append_record, read_records, write_records
 from .probe_rows import ProbeRows, choose_rows
 from .probe_summary import PairLoss, summarise
+from .redaction import redacted
 from .run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -402,10 +403,10 @@ def _held_out(trainer: Any, dataset: Any) -> Any:  # noqa: ANN401
 
 
 def _described(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
-    # For a report: which trainer, and its options. transformers hides tokens in them
+    # For a report: which trainer, and its options
     options = trainer.args.to_dict()
     plain = {name: value for name, value in options.items() if isinstance(value, bool | int | float | str | list)}
-    return {"trainer": type(trainer).__name__, "options": json.loads(json.dumps(plain, default=str))}
+    return {"trainer": type(trainer).__name__, "options": redacted(json.loads(json.dumps(plain, default=str)))}
 
 
 def _reference(trainer: Any, seen: dict[Any, Any] | None) -> Reference | None:  # noqa: ANN401

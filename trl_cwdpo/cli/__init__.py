@@ -17,6 +17,7 @@ from typing import NamedTuple
 from trl_cwdpo._version import __version__
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.exit_codes import FAILED, of_signal
+from trl_cwdpo.redaction import printable, redacted
 
 PROGRAM = "trl-cwdpo"
 
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse's way to end after --help (0) and after wrong usage (2)
         return stop.code if isinstance(stop.code, int) else FAILED
     except CommandError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {redacted(printable(str(error)))}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; what is still buffered must not fail again at exit

@@ -14,6 +14,7 @@ from typing import Any
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.table import MISSING, format_table, number, percent
 from trl_cwdpo.formats import LAYOUTS, parse_columns
+from trl_cwdpo.redaction import printable
 
 ROWS_SHOWN = 5
 
@@ -140,7 +141,7 @@ def _findings(findings: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [f"{finding['severity']}: {finding['name']}", str(finding["count"]), _rows(finding)] for finding in findings
     ]
-    details = [f"  {finding['name']}: {finding['example']}" for finding in findings if finding["example"]]
+    details = [f"  {finding['name']}: {printable(finding['example'])}" for finding in findings if finding["example"]]
     table = format_table(("finding", "count", "first rows"), rows)
     return "\n".join([table, "", *details]) if details else table
 

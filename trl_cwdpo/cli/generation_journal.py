@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from trl_cwdpo.cli.errors import CommandError
+from trl_cwdpo.redaction import redacted
 
 DATA = "train.parquet"
 # In a hidden folder, so that whoever loads the dataset does not take them for tables
@@ -30,6 +31,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        settings = redacted(settings)
         self.folder, self.settings = folder, settings
         self.path = folder / JOURNAL
         self.entries: dict[int, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Append the recipe of a run to the model card that TRL writes. Only options named here get there; none is secret."""
+"""Append the recipe of a run to the model card that TRL writes: options named here and ours, and no secret in them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from trl_cwdpo.cli.env import versions
+from trl_cwdpo.redaction import redacted
 
 TRAINING = (
     "learning_rate",
@@ -57,7 +58,7 @@ def recipe(script: Any, args: Any, model: Any) -> dict[str, Any]:  # noqa: ANN40
         **{name: getattr(args, name) for name in (*ours, *TRAINING) if hasattr(args, name)},
         **{name: getattr(model, name) for name in of_model},
     }
-    return {name: _plain(value) for name, value in options.items() if value is not None}
+    return redacted({name: _plain(value) for name, value in options.items() if value is not None})
 
 
 def public_name(name: str | None) -> str | None:

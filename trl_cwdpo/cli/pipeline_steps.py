@@ -33,6 +33,7 @@ from trl_cwdpo.cli.pipeline_plan import (
 from trl_cwdpo.cli.recipe import SHAPES, Recipe, make_recipe
 from trl_cwdpo.cli.terminal import quiet
 from trl_cwdpo.cli.train_options import PROGRAM, STAGES
+from trl_cwdpo.redaction import printable, redacted
 
 # File descriptor of a pipe whose other end the starting process holds for as long as it lives
 LIFELINE = "TRL_CWDPO_LIFELINE"
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             said = STEPS[step](read_config(layout), layout)
         print(said, end="", flush=True)
     except CommandError as error:
-        print(f"{PROGRAM} run: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM} run: error: {redacted(printable(str(error)))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return of_signal(2)

@@ -22,6 +22,7 @@ from typing import Any
 
 from trl_cwdpo.cli.train_options import STAGES, launch_options, option_groups, training_options
 from trl_cwdpo.cli.yaml_files import YamlError, read_yaml, read_yaml_file
+from trl_cwdpo.redaction import HIDDEN, redacted
 
 SHAPES = "shapes"
 # How the rows are used, with the defaults. `shapes` stands in the place of `dataset_name`: drawn data.
@@ -60,6 +61,8 @@ CHECKED = ("data", "data.stage2", "model", "stage1", "stage2")
 DECIDED = {
     "output_dir": "the recipe's `output_dir`",
     "seed": "the recipe's `seed`",
+    "hub_token": "the environment variable HF_TOKEN, so that no file of the run holds it",
+    "push_to_hub_token": "the environment variable HF_TOKEN, so that no file of the run holds it",
     "resume_from_checkpoint": "nothing: a stage always continues from its last complete checkpoint",
     "train_rows": "`data.stage1_share` and `data.limit`",
     "eval_rows": "`data.held_out`",
@@ -233,6 +236,7 @@ def _hint(section: str, key: str, known: list[str]) -> str:
 
 
 def _check(values: dict[str, Any]) -> None:
+    _refuse_secrets(values)
     if not isinstance(values["seed"], int) or isinstance(values["seed"], bool):
         raise RecipeError(f"`seed`={values['seed']!r} must be a whole number.")
     data, model = values["data"], values["model"]
@@ -248,6 +252,16 @@ def _check(values: dict[str, Any]) -> None:
     for key in EVALUATION:
         if not _is_number(values["evaluation"][key]) or values["evaluation"][key] < 1:
             raise RecipeError(f"`evaluation.{key}`={values['evaluation'][key]!r} must be a number of at least 1.")
+
+
+def _refuse_secrets(values: dict[str, Any]) -> None:
+    for key, value in _flat(values):
+        if redacted({key: value})[key] != value:
+            raise RecipeError(
+                f"`{key}` holds a secret ({redacted(value) if redacted(value) != value else HIDDEN}), and recipes are "
+                "copied into the folder of the run. Give it by an environment variable that the server or library "
+                "reads."
+            )
 
 
 def _check_rows(data: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from trl_cwdpo.redaction import printable
+
 MISSING = "–"
 
 
@@ -20,7 +22,8 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, inden
     Returns:
         `str`: The lines, without a trailing line break.
     """
-    split = [header.split("\n") for header in headers]
+    split = [printable(header).split("\n") for header in headers]
+    rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     height = max(map(len, split))
     # Short headers stand at the bottom, next to their column.
     tops = [[""] * (height - len(lines)) + lines for lines in split]

@@ -8,6 +8,7 @@ from trl_cwdpo.cli.command_line import read_command_line
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.exit_codes import FAILED, of_signal
 from trl_cwdpo.cli.train_options import PROGRAM, STAGES
+from trl_cwdpo.redaction import printable, redacted
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         return run(stage, line)
     except CommandError as error:
         where = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"{PROGRAM}: error{where}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error{where}: {redacted(printable(str(error)))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return of_signal(2)
