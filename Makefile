@@ -18,12 +18,15 @@ INPUTS := pyproject.toml constraints.txt trl_cwdpo/_version.py
 .DELETE_ON_ERROR:
 # Two installs into one environment at a time would race.
 .NOTPARALLEL:
-.PHONY: help demo test test-all contracts lint format types docs build check-wheel check clean
+.PHONY: help demo test test-all test-lowest test-latest contracts lint format types docs build check-wheel check \
+  release-notes clean
 
 help:
 	@echo "make demo         install and run the demonstration"
 	@echo "make test         quick tests on two processes"
 	@echo "make test-all     every test this machine can run, with the optional extras"
+	@echo "make test-lowest  quick tests with the lowest versions that pyproject.toml admits"
+	@echo "make test-latest  quick tests with the newest versions that pip finds"
 	@echo "make contracts    what this package assumes about TRL and transformers"
 	@echo "make lint         ruff: rules and format, changing nothing"
 	@echo "make format       ruff: repair what can be repaired"
@@ -32,6 +35,7 @@ help:
 	@echo "make check        all of it: lint, types, tests, docs, the wheel on its own"
 	@echo "make build        source distribution and wheel in dist/"
 	@echo "make check-wheel  install the wheel elsewhere and run the quick tests against it"
+	@echo "make release-notes  what the changelog says of this version"
 	@echo "make clean        remove the environment, build results and caches"
 
 # --- Environment: one stamp per set of extras, so that a target installs only what it needs, and only once ---
@@ -84,6 +88,37 @@ test-all: $(VENV)/.stamp-all
 contracts: $(VENV)/.stamp-test
 	$(PYTEST) -m "contract and not gpu" $(PYTEST_ARGS)
 
+# Other versions of the dependencies than the pinned ones, each in an environment of its own.
+#   make test-lowest TORCH=2.13.0    another torch than the lowest, for one whose build for CPU is at hand
+#   make test-latest TORCH=2.14.1    another torch than the newest; LATEST="trl @ git+https://…" for more
+TORCH ?=
+LATEST ?=
+ELSEWHERE = HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+
+$(VENV)-lowest/.stamp: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints.txt uv
+	$(VENV)-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra test --no-annotate pyproject.toml \
+	  --python $(VENV)-lowest/bin/python --output-file $(VENV)-lowest/resolved.txt
+# What torch needs for CUDA depends on where its wheel comes from, so torch itself says it
+	grep -v -E '^(nvidia-|cuda-|triton)' $(VENV)-lowest/resolved.txt \
+	  $(if $(TORCH),| sed 's/^torch==.*/torch==$(TORCH)/') > $(VENV)-lowest/requirements.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --requirement $(VENV)-lowest/requirements.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(VENV)-latest/.stamp: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-latest
+	$(VENV)-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test]" \
+	  torch$(if $(TORCH),==$(TORCH)) $(LATEST)
+	@touch $@
+
+test-lowest: $(VENV)-lowest/.stamp
+	$(call ELSEWHERE,$(VENV)-lowest)
+
+test-latest: $(VENV)-latest/.stamp
+	$(call ELSEWHERE,$(VENV)-latest)
+
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -118,6 +153,12 @@ check-wheel: build
 	"$$dir/venv/bin/python" -c 'import trl_cwdpo; print("testing", trl_cwdpo.__version__, "at", trl_cwdpo.__file__)'; \
 	"$$dir/venv/bin/python" -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
+# From this version's heading to the next one; until a version is released, what has gathered under Unreleased
+release-notes: $(VENV)/.stamp-core
+	@version=$$($(BIN)/python -c 'import trl_cwdpo; print(trl_cwdpo.__version__)'); \
+	grep -q -F "## [$$version]" CHANGELOG.md || version=Unreleased; \
+	awk -v heading="## [$$version]" '/^## \[/ { inside = index($$0, heading) == 1; next } inside' CHANGELOG.md
+
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-latest build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
