@@ -46,8 +46,8 @@ def test_save_and_load_keeps_logits_and_tokens(tmp_path, processor, model, batch
     loaded_processor = AutoProcessor.from_pretrained(tmp_path)
     text, image = f"{prompt_text(loaded_processor)} a red circle<eos>", draw_scene(SCENES[0])
     expected, found = (p(images=[image], text=text, return_tensors="pt") for p in (processor, loaded_processor))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    # Where torchvision is installed, pictures are loaded with its processor, which rounds in another order
+    torch.testing.assert_close(dict(found), dict(expected))
     with torch.no_grad():
         assert torch.equal(loaded_model(**batch).logits, model(**batch).logits)
     assert loaded_model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
