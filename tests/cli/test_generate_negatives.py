@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -114,6 +115,20 @@ def test_pictures(vision_model, vision_pairs, tmp_path):
     made = rows_of(tmp_path / "out")
     assert len(made) == 5
     assert made[0]["images"][0].size == vision_pairs["train"][0]["images"][0].size
+
+
+def test_pictures_of_a_folder_come_along(vision_model, vision_pairs, tmp_path):
+    folder, rows = tmp_path / "data", []
+    (folder / "pictures").mkdir(parents=True)
+    for index, row in enumerate(vision_pairs["train"].select(range(4))):
+        row["images"][0].save(folder / "pictures" / f"{index}.png")
+        responses = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+        rows.append(json.dumps({**responses, "images": [f"pictures/{index}.png"]}))
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    assert policy(str(folder), vision_model, tmp_path / "out") == 0
+    shutil.rmtree(folder)
+    made = rows_of(tmp_path / "out")
+    assert made[3]["images"][0].tobytes() == vision_pairs["train"][3]["images"][0].tobytes()
 
 
 @pytest.mark.parametrize(

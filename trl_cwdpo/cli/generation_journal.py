@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from datasets.table import embed_table_storage
 
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.redaction import redacted
@@ -80,7 +81,8 @@ class Journal:
             `dict[str, Any]`: counts by source and reason.
         """
         entries = [self.entries[row] for row in range(len(dataset))]
-        replaced = with_responses_of(dataset, entries)
+        # With the pictures themselves: rows that name files elsewhere are not read without trusting their folder
+        replaced = with_responses_of(dataset, entries).with_format("arrow").map(embed_table_storage, batched=True)
         aside = self.path.with_name(f"{DATA}.partial")
         replaced.to_parquet(str(aside))
         aside.replace(self.folder / DATA)
