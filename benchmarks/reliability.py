@@ -28,7 +28,20 @@ from typing import Any
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
 STEPS, SAVE_STEPS = 8, 2
-STAGES = {"1": "smoothed", "2": "cooled"}
+# What is trained: a run of the parity suite with further options
+DROPOUT: dict[str, Any] = {"model_init_kwargs": {"attention_dropout": 0.1}}
+SAMPLED = {
+    "dataset_negative_fraction": 0.5,
+    "negative_refresh_steps": 2,
+    "negative_max_completion_length": 6,
+}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stage 1": ("smoothed", DROPOUT),
+    "stage 2": ("cooled", {**DROPOUT, "disable_dropout": False}),
+    "stage 1, pictures": ("smoothed, pictures", {}),
+    "stage 2, pictures, LoRA": ("gated, pictures, adapter", {}),
+    "stage 2, sampled negatives": ("cooled", {**DROPOUT, "disable_dropout": False, **SAMPLED}),
+}
 # Whatever decides the next step: dropout's random state, a schedule, moments, accumulation, shuffling, calibration
 OPTIONS: dict[str, Any] = {
     "max_steps": STEPS,
@@ -41,34 +54,34 @@ OPTIONS: dict[str, Any] = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 2,
     "eval_strategy": "no",
-    "model_init_kwargs": {"attention_dropout": 0.1},
 }
 
 
-def train(stage: str, models: Path, output: Path, result: Path) -> None:
+def train(kind: str, models: Path, output: Path, result: Path) -> None:
     """One process of a run: continue from what is in the output folder, and write down what became of it."""
     import engines
     import parity
     import torch
 
     torch.set_num_threads(1)
-    options = dict(OPTIONS)
-    if stage == "2":
-        options["disable_dropout"] = False
-    trainer = parity.build(STAGES[stage], models, output, **options)
+    name, options = KINDS[kind]
+    trainer = parity.build(name, models, output, **OPTIONS, **options)
     trainer.train(resume_from_checkpoint="auto")
     # Collectives: every process
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     identity = engines.identity(trainer)
-    expected = engines.expected_identity(engines.this_engine(), reference=stage == "2")
+    # Without its adapter, a model is its own reference
+    has_reference = parity.RUNS[name][0] is parity.STAGE2 and "lora" not in parity.RUNS[name][1]
+    expected = engines.expected_identity(engines.this_engine(), reference=has_reference)
     assert identity == expected, (identity, expected)
     if trainer.is_world_process_zero():
         digest = hashlib.sha256()
-        for name, value in sorted(weights.items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        for weight, value in sorted(weights.items()):
+            digest.update(weight.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        file = output / "probes.jsonl"
         probes = [
             {key: value for key, value in json.loads(line).items() if key != "seconds"}
-            for line in (output / "probes.jsonl").read_text().splitlines()
+            for line in (file.read_text().splitlines() if file.exists() else [])
         ]
         ours = {"log": parity.log_of(trainer)[:-1], "weights": digest.hexdigest(), "probes": probes}
         result.write_text(json.dumps(ours))
@@ -168,24 +181,24 @@ def kills_on(engine_name: str, models: Path, rows: int, seed: int) -> list[dict[
     engine = engines.ENGINES[engine_name]
     draw = random.Random(f"{seed}-{engine_name}")
     found = []
-    for stage in STAGES:
+    for kind in KINDS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             began = time.monotonic()
-            whole = launch(engine.processes, folder, stage, models, folder / "whole", folder / "whole.json")
+            whole = launch(engine.processes, folder, kind, models, folder / "whole", folder / "whole.json")
             codes = ended(whole)
             assert not any(codes), (codes, (folder / "rank0.log").read_text()[-4000:])
             duration = time.monotonic() - began
             theirs = json.loads((folder / "whole.json").read_text())
             for _ in range(rows):
-                found.append(one_kill(engine, stage, models, folder, draw, duration, theirs))
+                found.append(one_kill(engine, kind, models, folder, draw, duration, theirs))
                 print(json.dumps(found[-1]), flush=True)
     return found
 
 
 def one_kill(
     engine: Any,  # noqa: ANN401
-    stage: str,
+    kind: str,
     models: Path,
     folder: Path,
     draw: random.Random,
@@ -208,7 +221,7 @@ def one_kill(
             if saving
             else {"kind": "any", "delay": duration * draw.uniform(0.3, 0.95)}
         )
-        processes = launch(engine.processes, folder, stage, models, output, result)
+        processes = launch(engine.processes, folder, kind, models, output, result)
         victim = draw.randrange(engine.processes)
         victims = processes if everyone else [processes[victim]]
         if kill(processes, output, victims, moment, time.monotonic()):
@@ -221,7 +234,7 @@ def one_kill(
             except (ProcessLookupError, ChildProcessError):
                 pass
     left = left_behind(output, engine.processes)
-    codes = ended(launch(engine.processes, folder, stage, models, output, result))
+    codes = ended(launch(engine.processes, folder, kind, models, output, result))
     outcome = (
         compare(json.loads(result.read_text()), theirs)
         if not any(codes)
@@ -229,7 +242,7 @@ def one_kill(
     )
     return {
         "engine": engine.name,
-        "stage": stage,
+        "run": kind,
         "killed": "all" if everyone else f"process {victim}",
         "moment": f"writing checkpoint {moment['step']}" if saving else f"{moment['delay']:.2f} s of {duration:.2f} s",
         **left,
@@ -279,7 +292,7 @@ def run_engine(arguments: argparse.Namespace, engine_name: str, models: Path) ->
     words += ["--kills", str(arguments.kills), "--seed", str(arguments.seed)]
     process = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"engine"')]
-    if process.returncode or len(rows) != arguments.kills * len(STAGES):
+    if process.returncode or len(rows) != arguments.kills * len(KINDS):
         raise SystemExit(f"{engine_name} ended with {process.returncode} after {len(rows)} kills")
     print(as_table(rows), flush=True)
     return rows
@@ -317,7 +330,7 @@ def main() -> None:
     parser.add_argument("what", choices=["kills", "kills-on", "parity"])
     parser.add_argument("words", nargs="*")
     parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-    parser.add_argument("--kills", type=int, default=3, help="kills for each engine and stage")
+    parser.add_argument("--kills", type=int, default=3, help="kills for each engine and kind of run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

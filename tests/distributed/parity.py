@@ -29,7 +29,7 @@ from trl_cwdpo.upstream.models import load_model
 
 GLOBAL_BATCH = 4
 STEPS = 3
-TIMES = ("runtime", "per_second")
+TIMES = ("runtime", "per_second", "generation_time")
 # Counted over one process by transformers
 LOCAL = ("total_flos", "num_input_tokens_seen")
 DPO = (DPOTrainer, DPOConfig)
