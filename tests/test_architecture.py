@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             "checkpoints",
             "formats",
+            "interrupts",
             "negative_options",
             "objectives",
             "options",
@@ -48,6 +49,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "probe_examples",
             "probe_records",
             "reference_store",
+            "stopping",
             "table_files",
             "upstream",
         }
@@ -71,7 +73,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     # What trainers add to themselves.
     frozenset({"probes", "negatives", "row_errors"}),
-    frozenset({"callbacks"}),
+    frozenset({"callbacks", "safe_runs"}),
     frozenset({"cwdpo_trainer", "gentle_negative_sft_trainer"}),
     frozenset({"audit", "evaluation", "report"}),
     frozenset({"benchmarks"}),

@@ -29,6 +29,7 @@ from .signals import (
     order_by_hardness,
 )
 from .upstream.checkpoints import save_checkpoint
+from .upstream.preemption import release_signals
 from .upstream.sampling import use_sampler
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ def add_configured_callbacks(trainer: Any) -> None:  # noqa: ANN401
     """
     Add the probes and the early stopping that a trainer's `args` ask for.
 
+    transformers' callback for `enable_jit_checkpoint` goes: [`~trl_cwdpo.stopping.StopsOnSignals`] does that.
+
     Args:
         trainer ([`CWDPOTrainer`] or [`GentleNegativeSFTTrainer`]):
             The trainer, complete but for this.
@@ -49,6 +52,7 @@ def add_configured_callbacks(trainer: Any) -> None:  # noqa: ANN401
         ValueError: If the user has set a probe option and there are no evaluation data, or none that can be probed.
     """
     args = trainer.args
+    release_signals(trainer)
     if args.probe_early_stopping and trainer.eval_dataset is None:
         raise ValueError(
             "`probe_early_stopping=True` decides by probes of held-out pairs, and there is no `eval_dataset` to take "

@@ -31,7 +31,7 @@ from .calibration import CoolingCalibration, calibrate
 from .callbacks import add_configured_callbacks
 from .cwdpo_config import CWDPOConfig
 from .data import AnyDatasets, PreferenceCollator
-from .faults import GuardedTraining, stop_if_not_finite
+from .faults import stop_if_not_finite
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
 from .negative_options import check_fraction
@@ -39,11 +39,12 @@ from .negatives.refresh import RowKeepingCollator
 from .negatives.wiring import build_negatives, check_can_sample
 from .paper import PAPER
 from .reference_cache import COLUMNS, ReferenceCache
-from .row_errors import NamesRows, checked_datasets
+from .row_errors import checked_datasets
 from .run_state import KeptTokenCount, RunState
+from .safe_runs import SafeRuns
 from .shared_prefix import SharesPrefixes
 from .upstream import processors, reference
-from .upstream.resuming import CompleteCheckpoints, FinishedRunStaysFinished
+from .upstream.resuming import FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,7 @@ EASY_WEIGHT = 0.1
 EXTREMES = {"cooling/weight_min": min, "cooling/weight_max": max}
 
 
-class CWDPOTrainer(
-    GuardedTraining, NamesRows, CompleteCheckpoints, SharesPrefixes, FinishedRunStaysFinished, DPOTrainer
-):
+class CWDPOTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinished, DPOTrainer):
     r"""
     Trainer for Cooling-Weighted DPO, stage 2 of *Learning Dynamics of VLM Finetuning*
     ([arXiv 2510.11978](https://huggingface.co/papers/2510.11978)).

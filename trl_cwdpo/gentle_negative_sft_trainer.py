@@ -29,16 +29,17 @@ from trl import SFTConfig, SFTTrainer
 from . import objectives, upstream
 from .callbacks import add_configured_callbacks
 from .data import AnyDatasets, PreferenceCollator, one_side
-from .faults import GuardedTraining, stop_if_not_finite
+from .faults import stop_if_not_finite
 from .gentle_negative_sft_config import GentleNegativeSFTConfig
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
 from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
-from .row_errors import NamesRows, checked_datasets, prepared_rows
+from .row_errors import checked_datasets, prepared_rows
 from .run_state import KeptTokenCount, RunState
+from .safe_runs import SafeRuns
 from .shared_prefix import SharesPrefixes
-from .upstream.resuming import CompleteCheckpoints, FinishedRunStaysFinished
+from .upstream.resuming import FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,7 @@ logger = logging.getLogger(__name__)
 CALIBRATION_SIZE = 256
 
 
-class GentleNegativeSFTTrainer(
-    GuardedTraining, NamesRows, CompleteCheckpoints, SharesPrefixes, FinishedRunStaysFinished, SFTTrainer
-):
+class GentleNegativeSFTTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinished, SFTTrainer):
     r"""
     Trainer for stage 1 of *Learning Dynamics of VLM Finetuning* ([arXiv
     2510.11978](https://huggingface.co/papers/2510.11978)): supervised finetuning with gentle negatives.

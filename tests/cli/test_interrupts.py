@@ -20,9 +20,9 @@ from trl_cwdpo import CWDPOTrainer
 from trl_cwdpo.checkpoints import last_checkpoint
 from trl_cwdpo.cli import main
 from trl_cwdpo.cli.exit_codes import is_deliberate
-from trl_cwdpo.cli.interrupts import AGAIN_AFTER, SignalWatch
 from trl_cwdpo.cli.launching import _exit_code
-from trl_cwdpo.cli.stopping import StopOnSignal
+from trl_cwdpo.interrupts import AGAIN_AFTER, SignalWatch
+from trl_cwdpo.stopping import StopOnSignal
 
 STEPS = 6
 STOP_AFTER = 3

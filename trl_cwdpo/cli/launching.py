@@ -14,8 +14,8 @@ from typing import Any
 from trl_cwdpo.cli.command_line import CommandLine, usage_error
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.exit_codes import FAILED, is_deliberate, of_signal
-from trl_cwdpo.cli.interrupts import AGAIN_AFTER, SIGNALS
 from trl_cwdpo.cli.train_options import ACCELERATE_CONFIG, PROGRAM, Stage
+from trl_cwdpo.interrupts import AGAIN_AFTER, SIGNALS
 
 WORKER = "trl_cwdpo.cli.worker"
 # How many processes the command line asks for, told to each of them

@@ -24,7 +24,6 @@ from trl_cwdpo.cli.env import versions
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.exit_codes import DONE, STOPPED_BY_RULE
 from trl_cwdpo.cli.fingerprints import data_fingerprint, digest_of, model_fingerprint
-from trl_cwdpo.cli.interrupts import SIGNALS
 from trl_cwdpo.cli.pipeline_plan import (
     COMMANDS,
     CONFIG,
@@ -45,6 +44,7 @@ from trl_cwdpo.cli.pipeline_plan import (
 )
 from trl_cwdpo.cli.pipeline_steps import LIFELINE, write_json
 from trl_cwdpo.cli.recipe import Recipe, make_recipe
+from trl_cwdpo.interrupts import SIGNALS
 
 HEADER = "# Written by `trl-cwdpo run`: the recipe of this folder with all defaults. The folder belongs to the run.\n"
 # Where the folder stands, and what it is called, is no part of what was trained

@@ -17,17 +17,17 @@ from trl_cwdpo.cli.command_line import CommandLine
 from trl_cwdpo.cli.env import versions
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.exit_codes import DONE, STOPPED_BY_RULE, of_signal
-from trl_cwdpo.cli.interrupts import SignalWatch
 from trl_cwdpo.cli.launching import check_num_processes
 from trl_cwdpo.cli.model_card import add_recipe, recipe
 from trl_cwdpo.cli.progress import RunLog, columns_of, final_numbers, summary
-from trl_cwdpo.cli.stopping import StopOnSignal
 from trl_cwdpo.cli.terminal import quiet
 from trl_cwdpo.cli.train_arguments import Arguments, parse, rank, shows_bars
 from trl_cwdpo.cli.train_model import starting_model
 from trl_cwdpo.cli.train_options import Stage
 from trl_cwdpo.faults import NonFiniteLossError
+from trl_cwdpo.interrupts import SignalWatch
 from trl_cwdpo.loading import dataset_from_arguments, select_rows
+from trl_cwdpo.stopping import StopOnSignal
 
 RECORD = "run.json"
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -114,6 +114,7 @@ class Run:
             "dtype": model.dtype,
             **given,
         }
+        args.enable_jit_checkpoint = False  # what it asks for is done here in any case
         with self._mendable_errors("The data cannot be loaded"):
             dataset = dataset_from_arguments(script, mixture, data)
             rows, held_out = self._rows(dataset)

@@ -1,11 +1,12 @@
-"""The trainer's side of interruptions."""
+"""Runs that stop on a signal and lose nothing: a checkpoint after the step, one decision for all processes."""
 
+import signal
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_cwdpo.cli.interrupts import SignalWatch
+from .interrupts import SignalWatch
 
 
 class StopOnSignal(TrainerCallback):
@@ -51,3 +52,37 @@ class StopOnSignal(TrainerCallback):
             return received
         everywhere = self.accelerator.gather(torch.tensor([received], device=self.accelerator.device))
         return int(everywhere.max())
+
+
+class StopsOnSignals:
+    """
+    Mixin for a [`~transformers.Trainer`]: what `enable_jit_checkpoint=True` does.
+
+    On SIGTERM, SIGUSR1 or Ctrl-C the step that is going on is finished, a checkpoint saved, and `train` returns, with
+    the name of the signal in `stopped_by`. One process that has got a signal stops all, after the same step. It takes
+    the place of transformers' own way, which knows SIGTERM only, waits three seconds, and lets each process stop by
+    itself.
+    """
+
+    args: Any
+    accelerator: Any
+    # Name of the signal that has stopped the last call of `train`, such as "SIGTERM", or None
+    stopped_by: str | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the parent's own)
+        """As the parent."""
+        parent: Any = super()
+        self.stopped_by = None
+        if not self.args.enable_jit_checkpoint:
+            return parent.train(*args, **kwargs)
+        trainer: Any = self
+        watch = SignalWatch(announces=self.accelerator.is_main_process)
+        stopper = StopOnSignal(watch, self.accelerator)
+        trainer.add_callback(stopper)
+        try:
+            with watch.listening():
+                return parent.train(*args, **kwargs)
+        finally:
+            trainer.remove_callback(stopper)
+            if stopper.stopped_by is not None:
+                self.stopped_by = signal.Signals(stopper.stopped_by).name
