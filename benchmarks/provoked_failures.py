@@ -1,17 +1,17 @@
 """Do the probes name what was done to a run? Four provoked failures and a healthy run, on several seeds.
 
-    python benchmarks/provoked_failures.py --output_dir outputs/provoked [--seeds 5] [--only swapped]
+    python benchmarks/provoked_failures.py --output_dir outputs/provoked [--first_seed 0] [--seeds 5] [--only swapped]
 
 Stage 2 on the shapes task, from the pretrained tiny model, 60 steps with a probe every 20, by `trl-cwdpo cwdpo` as a
 user would run it. Each run's folder stays, with its `probes.jsonl`; `provoked.json` has the verdicts. A run whose
-`probes.jsonl` is complete is not repeated.
+`probes.jsonl` is complete is not repeated. The table, in Markdown, has the numbers that decided each verdict.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
@@ -26,8 +26,6 @@ STEPS, EVERY = 60, 20
 COMMON = {
     "max_steps": STEPS,
     "probe_steps": EVERY,
-    # More than the default, since a third of them are hard and a third easy, and one family decides
-    "probe_dataset_size": 192,
     "per_device_train_batch_size": 16,
     "beta": 0.5,
     "learning_rate": 3e-5,
@@ -100,26 +98,47 @@ def write_variants(folder: Path) -> dict[str, Path]:
     return found
 
 
-def verdict(records: list[ProbeRecord]) -> dict[str, object]:
+def verdict(records: list[ProbeRecord]) -> dict[str, Any]:
     """What the last probe says, and every flag on the way."""
     last = diagnose(records[-1])
     flags = [raised_flags(records[: end + 1]) for end in range(len(records))]
     return {
         "diagnosis": last.name,
         "reason": last.reason,
+        "row": _row(records[-1]),
         "flags": sorted(flags[-1]),
         "ever_raised": sorted({name for raised in flags for name in raised}),
     }
 
 
-def is_right(name: str, found: dict[str, object]) -> bool:
+def _row(record: ProbeRecord) -> list[str]:
+    """What the diagnosis reads, as a table shows it."""
+    deltas = [record.delta0(family) for family in ("chosen", "rejected_hard", "rejected_easy", "argmax")]
+    cells = ["–" if delta is None else f"{delta.mean:+.3f} [{delta.low:+.3f}, {delta.high:+.3f}]" for delta in deltas]
+    weight = "–" if record.mean_weight is None else f"{record.mean_weight:.3f}"
+    return [*cells, weight, f"{record.top1_mass:.3f}"]
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """All verdicts, in Markdown."""
+    headers = ["run", "seed", "Δ0 chosen", "hard", "easy", "greedy", "mean w", "top-1 mass", "diagnosis", "flags", ""]
+    lines = [f"| {' | '.join(headers)} |", f"|{'---|' * len(headers)}"]
+    for name, seeds in results.items():
+        for seed, found in seeds.items():
+            flags = ", ".join(flag.replace("_", " ") for flag in found["ever_raised"]) or "none"
+            cells = [name, seed, *found["row"], found["diagnosis"], flags, "right" if found["right"] else "WRONG"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def is_right(name: str, found: dict[str, Any]) -> bool:
     """Whether the verdict names what was done; of a healthy run, whether no flag was ever raised as well."""
     if name == "healthy":
         return found["diagnosis"] == "healthy" and not found["ever_raised"]
     return bool({found["diagnosis"], *found["ever_raised"]} & SCENARIOS[name].expected)
 
 
-def train(name: str, seed: int, model: str, data: Path, output: Path) -> list[ProbeRecord]:
+def train(name: str, seed: int, model: str, data: Path, output: Path, rows: int) -> list[ProbeRecord]:
     """The probes of one run."""
     if (output / "probes.jsonl").exists():
         records = read_records(output)
@@ -128,6 +147,7 @@ def train(name: str, seed: int, model: str, data: Path, output: Path) -> list[Pr
     options = {
         **COMMON,
         **SCENARIOS[name].options,
+        "probe_dataset_size": rows,
         "model_name_or_path": model,
         "dataset_name": str(data),
         "output_dir": str(output),
@@ -144,19 +164,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=0)
+    # More than the default of 64, since a third of them are hard and a third easy, and one family decides
+    parser.add_argument("--probe_dataset_size", type=int, default=192, help="rows probed (default: %(default)s)")
     parser.add_argument("--only", choices=list(SCENARIOS), nargs="+", default=list(SCENARIOS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = str(pretrain(default_cache_dir() / "tiny-vlm-800-20000-seed0").path)
     data = write_variants(arguments.output_dir)
-    results: dict[str, dict[str, dict[str, object]]] = {name: {} for name in arguments.only}
-    for seed in range(arguments.seeds):
+    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in arguments.only}
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in arguments.only:
             output = arguments.output_dir / f"{name}-{seed}"
-            found = verdict(train(name, seed, model, data[SCENARIOS[name].data], output))
+            rows = arguments.probe_dataset_size
+            found = verdict(train(name, seed, model, data[SCENARIOS[name].data], output, rows))
             results[name][str(seed)] = {**found, "right": is_right(name, found)}
             print(f"{name} seed {seed}: {found['diagnosis']}; flags {found['ever_raised']}", flush=True)
     (arguments.output_dir / "provoked.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    print(table(results))
     for name, seeds in results.items():
         right = sum(bool(found["right"]) for found in seeds.values())
         said = sorted({str(found["diagnosis"]) for found in seeds.values()})

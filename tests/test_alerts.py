@@ -9,7 +9,7 @@ import tiny
 from transformers import TrainerControl, TrainerState
 from trl import DPOConfig, DPOTrainer
 
-from trl_cwdpo import DeltaLogpProbeCallback
+from trl_cwdpo import CWDPOConfig, CWDPOTrainer, DeltaLogpProbeCallback
 from trl_cwdpo.alerts import ProbeAlertCallback
 from trl_cwdpo.probe_measures import Interval
 from trl_cwdpo.probe_records import ProbeRecord
@@ -67,12 +67,30 @@ def test_only_the_main_process_and_only_where_reported(trackio, caplog):
     assert trackio == []
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("ours", [True, False])
+def test_one_of_the_user_takes_the_place_of_the_default(text_model, tmp_path, caplog, ours, first):
+    trainer_class, config_class = (CWDPOTrainer, CWDPOConfig) if ours else (DPOTrainer, DPOConfig)
+    args = config_class(**tiny.training_options(tmp_path, max_steps=2, learning_rate=0.05))
+    held_out = tiny.pairs(6, seed=7)
+    trainer = trainer_class(text_model, args=args, train_dataset=tiny.pairs(), eval_dataset=held_out)
+    added = [
+        DeltaLogpProbeCallback(trainer, held_out, size=6, steps=2),
+        ProbeAlertCallback(SignalThresholds(total_variation=0.001)),
+    ]
+    for callback in reversed(added) if first else added:
+        trainer.add_callback(callback)
+    trainer.train()
+    told = [message for message in caplog.messages if message.startswith("Probe flag: drift")]
+    assert len(told) == 1
+    assert told[0].endswith("> 0.001.")
+
+
 def test_a_run_of_trl_warns(text_model, tmp_path, caplog):
     args = DPOConfig(**tiny.training_options(tmp_path, max_steps=4, learning_rate=0.05))
     trainer = DPOTrainer(text_model, args=args, train_dataset=tiny.pairs())
     trainer.add_callback(ProbeAlertCallback(SignalThresholds(total_variation=0.01)))
     trainer.add_callback(DeltaLogpProbeCallback(trainer, tiny.pairs(6, seed=7), size=6, steps=2))
-    assert sum(isinstance(c, ProbeAlertCallback) for c in trainer.callback_handler.callbacks) == 1
     trainer.train()
     drift = [message for message in caplog.messages if message.startswith("Probe flag: drift, step 2")]
     assert len(drift) == 1

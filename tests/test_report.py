@@ -214,6 +214,20 @@ class TestCharts:
         parts = {name.split()[0]: heights[0] for name, _, heights in charts["stage2-easy-and-hard"].stack.parts}
         assert parts == {"easy": 1.0, "between": 1.0, "hard": 2.0}
 
+    def test_weight_of_the_pairs_trained_on_is_drawn_beside_that_of_the_probed_ones(self, tmp_path):
+        folder = write_run(tmp_path / "a")
+        later = (record(10, HEALTHY, trained_weight=0.3), record(20, HEALTHY, trained_weight=0.2))
+        write_records(folder / "probes.jsonl", [record(0, HEALTHY), *later])
+        runs = read_runs([folder])
+        chart = next(c for c in charts_of(runs) if c.key == "stage2-cooling-weight")
+        probed, trained = chart.lines
+        assert (probed.name, probed.y) == ("probed pairs", (0.5, 0.5, 0.5))
+        assert (trained.name, trained.x, trained.y) == ("pairs trained on", (10.0, 20.0), (0.3, 0.2))
+        assert any("that of the pairs trained on is 0.20" in line for line in judge(runs.tracks[0]).sentences)
+        two = read_runs([folder, write_run(tmp_path / "b")])
+        chart = next(c for c in charts_of(two) if c.key == "stage2-cooling-weight")
+        assert [line.name for line in chart.lines] == ["a", "b"]
+
     def test_all_weights_in_one_bin(self, tmp_path):
         folder = write_run(tmp_path / "a")
         write_records(folder / "probes.jsonl", [record(s, HEALTHY, row_weights=(0.01,) * 4) for s in (0, 10)])

@@ -15,7 +15,7 @@ class ProbeAlertCallback(TrainerCallback):
     """
     Warns when a probe raises a flag that the probe before has not raised.
 
-    [`DeltaLogpProbeCallback`] adds it to its trainer; add one yourself, before, for other numbers. It changes nothing
+    The probes bring one along; add one yourself for other numbers, and it takes the place of theirs. It changes nothing
     in the run.
 
     Args:
@@ -25,8 +25,8 @@ class ProbeAlertCallback(TrainerCallback):
     Example:
 
     ```python
-    >>> trainer.add_callback(ProbeAlertCallback(SignalThresholds(total_variation=0.1)))
     >>> trainer.add_callback(DeltaLogpProbeCallback(trainer, dataset["test"]))
+    >>> trainer.add_callback(ProbeAlertCallback(SignalThresholds(total_variation=0.1)))
     ```
     """
 
@@ -64,6 +64,35 @@ class ProbeAlertCallback(TrainerCallback):
             logger.warning("%s, %s.", title, flags[name])
             if "trackio" in (args.report_to or ()):
                 _alert_trackio(title, flags[name])
+
+
+class DefaultProbeAlerts(ProbeAlertCallback):
+    """
+    The alerts that the probes bring along. They give way to a [`ProbeAlertCallback`] that the user adds.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer that gets the callback.
+    """
+
+    def __init__(self, trainer: Any) -> None:  # noqa: ANN401 (any transformers trainer)
+        super().__init__()
+        self.trainer = trainer
+
+    def on_probe(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        record: ProbeRecord,
+        baseline: ProbeRecord,
+    ) -> None:
+        """Warn of what is new in this probe, if nobody else does."""
+        callbacks = self.trainer.callback_handler.callbacks
+        alerts = [callback for callback in callbacks if isinstance(callback, ProbeAlertCallback)]
+        if all(isinstance(callback, DefaultProbeAlerts) for callback in alerts):
+            super().on_probe(args, state, control, record=record, baseline=baseline)
 
 
 def _alert_trackio(title: str, text: str) -> None:

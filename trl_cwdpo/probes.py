@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import upstream
-from .alerts import ProbeAlertCallback
+from .alerts import DefaultProbeAlerts, ProbeAlertCallback
 from .preserved import evaluation_mode, preserved_random_state
 from .probe_measures import gradient_spikes
 from .probe_options import FAMILIES, FORWARD_FAMILIES, check_families
@@ -165,7 +165,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
         if not any(isinstance(callback, RunState) for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(RunState())
         if not any(isinstance(callback, ProbeAlertCallback) for callback in trainer.callback_handler.callbacks):
-            trainer.add_callback(ProbeAlertCallback())
+            trainer.add_callback(DefaultProbeAlerts(trainer))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -223,13 +223,16 @@ def _cooling(tracks: Sequence[Track], thresholds: SignalThresholds) -> tuple[Cha
     weights = Chart(
         "cooling-weight",
         "Mean cooling weight",
-        "1: rejected responses push at full strength; 0: they have cooled out. Below the line, negatives are used up.",
+        "1: rejected responses push at full strength; 0: they have cooled out. Below the line, negatives are used up; "
+        "what counts is the weight of the pairs trained on, which may be harder or easier than the probed ones.",
         STEP,
         "weight w",
         _curves(tracks, lambda record: record.weight, "mean weight", "rejected_hard"),
         (Guide("used up", thresholds.cooled_weight),),
         y_range=(0.0, 1.0),
     )
+    if len(tracks) == 1:
+        weights = replace(weights, lines=_probed_and_trained(tracks, weights.lines))
     easy = Chart(
         "easy-share",
         "Easy negatives",
@@ -243,6 +246,17 @@ def _cooling(tracks: Sequence[Track], thresholds: SignalThresholds) -> tuple[Cha
     if len(tracks) > 1:
         return (weights, easy, *(_weight_map(track, f"-{i + 1}", f": {track.name}") for i, track in enumerate(tracks)))
     return (weights, _weight_map(tracks[0], "", ""), _grades(tracks[0]))
+
+
+def _probed_and_trained(tracks: Sequence[Track], probed: Sequence[Line]) -> tuple[Line, ...]:
+    """The weight of the probed rows and, where it was logged, that of the pairs trained on, which the flag goes by."""
+    trained = _filled(_curves(tracks, lambda record: record.trained_weight, "pairs trained on", "rejected_easy"))
+    if not trained:
+        return tuple(probed)
+    return (
+        *(replace(line, name="probed pairs") for line in probed),
+        *(replace(line, style="dash") for line in trained),
+    )
 
 
 def _weighted(track: Track) -> list[ProbeRecord]:
