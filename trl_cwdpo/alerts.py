@@ -15,8 +15,8 @@ class ProbeAlertCallback(TrainerCallback):
     """
     Warns when a probe raises a flag that the probe before has not raised.
 
-    The probes bring one along; add one yourself for other numbers, and it takes the place of theirs. It changes nothing
-    in the run.
+    The probes bring one along; add one yourself for other numbers, and it takes the place of theirs. It changes
+    nothing in the run.
 
     Args:
         thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):

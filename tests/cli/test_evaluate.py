@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import peft
 import pytest
 import tiny
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from trl_cwdpo.cli import main, model_comparison
 from trl_cwdpo.cli.evaluate_run import named_models
 from trl_cwdpo.cli.model_comparison import Measure
+
+NAMED = ("m", "--reference", "r", "--dataset", "d")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,29 @@ def test_numbers_are_those_of_plain_logits(text_model, other_model, pairs_file, 
     said = capsys.readouterr().out
     assert "5 held-out pairs; changes and distances from text_model0" in said
     assert f"Numbers: {out}" in said
+
+
+def test_cooling_weights_and_loser_share(text_model, other_model, pairs_file, tmp_path, capsys):
+    words = [other_model, "--reference", text_model, "--dataset_name", pairs_file, "--size", 6]
+    loss = ["--beta", 0.5, "--cooling_floor", -4.2, "--cooling_temperature", 0.3]
+    assert evaluate(*words, *loss, "--json", tmp_path / "n.json") == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "n.json").read_text())
+    for name, numbers in found["models"].items():
+        rejected = np.array(found["records"][name]["families"]["rejected"]["row_avg_logps"])
+        weights = 1 / (1 + np.exp(-(rejected + 4.2) / 0.3))
+        assert numbers["weight"] == pytest.approx(weights.mean(), abs=1e-6)
+        assert numbers["easy_fraction"] == (weights < 0.1).mean()
+        assert 0 < numbers["loser_share"] < 1
+        assert f"{numbers['weight']:.2f}" in said
+    assert "loser" in said
+    # Nothing has moved yet: the sides differ by the weight and by how sure the model is
+    assert evaluate(*words, "--cooling_mode", "constant", "--cooling_constant", 0.0, "--json", "-") == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [numbers["loser_share"] for numbers in models.values()] == [0.0, 0.0]
+    assert evaluate(*words, "--json", "-") == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [numbers["loser_share"] for numbers in models.values()] == [None, None]
 
 
 def test_page(text_model, other_model, pairs_file, tmp_path, monkeypatch, capsys):
@@ -158,6 +184,15 @@ def test_models_that_do_not_fit(text_model, vision_model, pairs_file, tmp_path, 
         (["m", "--dataset_name", "d"], "--reference is missing"),
         (["m", "--reference", "r"], "--dataset_name is missing"),
         (["m", "--reference", "r", "--dataset", "d", "--size", "0"], "--size must be 1 or more, got 0"),
+        ([*NAMED, "--beta", "0"], "argument --beta: must be above 0, got 0"),
+        ([*NAMED, "--cooling_floor", "nan"], "argument --cooling_floor: must be finite, got nan"),
+        ([*NAMED, "--cooling_min_weight", "2"], "argument --cooling_min_weight: must be in [0, 1], got 2"),
+        ([*NAMED, "--cooling_floor", "-5"], "--cooling_temperature is missing: --cooling_mode loss needs it"),
+        ([*NAMED, "--cooling_mode", "gate"], "--cooling_floor is missing: --cooling_mode gate needs it"),
+        (
+            [*NAMED, "--cooling_mode", "off", "--cooling_constant", "0.5"],
+            "--cooling_constant means nothing with --cooling_mode off",
+        ),
     ],
 )
 def test_wrong_usage(words, message, capsys):

@@ -18,8 +18,10 @@ from trl_cwdpo.cli.model_comparison import Comparison, Settings, compare_models
 from trl_cwdpo.cli.report import write_json
 from trl_cwdpo.cli.terminal import quiet
 from trl_cwdpo.loading import load_preference_dataset, select_rows
+from trl_cwdpo.probe_summary import PairLoss
 from trl_cwdpo.upstream.models import load_processor
 
+DEFAULT_BETA = 0.1
 LOADING_ERRORS = (OSError, ValueError, DatasetsError)
 
 
@@ -50,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             truncation_mode=arguments.truncation_mode,
             seed=arguments.seed,
             trust_remote_code=arguments.trust_remote_code,
+            pair_loss=_pair_loss(arguments),
         )
         check_tokens(models, reference, trust_remote_code=settings.trust_remote_code)
         responses = GeneratedResponses(arguments, pairs, batch_size=arguments.batch_size)
@@ -62,6 +65,21 @@ def run(arguments: argparse.Namespace) -> int:
     for note in responses.notes:
         print(f"  {note}", file=sys.stderr if arguments.json == "-" else sys.stdout)
     return 0
+
+
+def _pair_loss(arguments: argparse.Namespace) -> PairLoss | None:
+    if not arguments.has_loss:
+        return None
+    options = {
+        "floor": arguments.cooling_floor,
+        "temperature": arguments.cooling_temperature,
+        "constant": arguments.cooling_constant,
+        "min_weight": arguments.cooling_min_weight,
+    }
+    beta = DEFAULT_BETA if arguments.beta is None else arguments.beta
+    return PairLoss(
+        beta, arguments.cooling_mode, **{name: value for name, value in options.items() if value is not None}
+    )
 
 
 def with_responses(found: Comparison, responses: GeneratedResponses, *, task: str) -> Comparison:

@@ -11,9 +11,16 @@ from trl_cwdpo.cli.table import MISSING, format_table, number, percent
 from trl_cwdpo.evaluation.comparison import compare
 from trl_cwdpo.probe_records import ProbeRecord
 from trl_cwdpo.probe_rows import ProbeRows, choose_rows
+from trl_cwdpo.probe_summary import PairLoss
 from trl_cwdpo.upstream.models import load_processor
 
 SCENE = "scene"
+# What only a preference loss defines: header, field of the record, how the number is written
+LOSS_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("mean\nw", "weight", lambda value: number(value, 2)),
+    ("easy\nw < 0.1", "easy_fraction", percent),
+    ("loser\nshare", "loser_share", lambda value: number(value, 2)),
+)
 
 
 MakeCollector = Callable[[ProbeRows, Any], Callable[[str, Any], None]]
@@ -37,6 +44,8 @@ class Settings:
             Seed of the draw.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code that comes with the models may run.
+        pair_loss ([`~trl_cwdpo.probe_summary.PairLoss`], *optional*):
+            The preference loss, for cooling weights and the loser share.
     """
 
     size: int = 256
@@ -45,6 +54,7 @@ class Settings:
     truncation_mode: str = "keep_start"
     seed: int = 42
     trust_remote_code: bool = False
+    pair_loss: PairLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,13 @@ class Comparison:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headers and rows of a table; lines within a header are parted by line breaks."""
+        of_loss = [
+            column
+            for column in LOSS_COLUMNS
+            if any(getattr(record, column[1]) is not None for record in self.records.values())
+        ]
         headers = ["", "pairs\nwon", "margin\nnats", "chosen\nΔ/token", "rejected\nΔ/token", "ECE", "Brier", "TV"]
+        headers += [header for header, *_ in of_loss]
         lines = []
         for name, record in self.records.items():
             won = record.accuracy if name != self.reference else None
@@ -126,6 +142,7 @@ class Comparison:
                     number(record.margin.mean, 2),
                     *(number(None if delta is None else delta.mean, 3) for delta in deltas),
                     *(number(value, 3) for value in (record.ece, record.brier, record.total_variation)),
+                    *(written(getattr(record, name)) for _, name, written in of_loss),
                     *(written(self.further[name][key]) for _, key, written in self.columns),
                 ]
             )
@@ -192,6 +209,7 @@ def compare_models(
         rows,
         batch_size=settings.batch_size,
         trust_remote_code=settings.trust_remote_code,
+        pair_loss=settings.pair_loss,
         with_model=measure_further,
     )
     return Comparison(reference, rows, records, further, tuple(c for measure in measures for c in measure.columns))
@@ -210,6 +228,7 @@ def numbers_of(record: ProbeRecord) -> dict[str, Any]:
     """
     plain = record.to_dict()
     kept = ("accuracy", "margin", "ece", "smooth_ece", "brier", "entropy", "top1_mass")
+    kept += ("weight", "easy_fraction", "saturated_fraction", "loser_share")
     families = {
         name: {"avg_logp": family["avg_logp"], "delta0": family["delta0"]}
         for name, family in plain["families"].items()

@@ -9,6 +9,7 @@ from trl_cwdpo.probe_options import FAMILIES
 from trl_cwdpo.probe_passes import Reference
 from trl_cwdpo.probe_records import ProbeRecord
 from trl_cwdpo.probe_rows import ProbeRows
+from trl_cwdpo.probe_summary import PairLoss
 from trl_cwdpo.probes import measure
 from trl_cwdpo.upstream.models import load_model
 
@@ -39,6 +40,7 @@ def compare(
     *,
     batch_size: int = 8,
     trust_remote_code: bool = False,
+    pair_loss: PairLoss | None = None,
     with_model: Any = None,  # noqa: ANN401 (a callable or nothing)
 ) -> dict[str, ProbeRecord]:
     """
@@ -55,6 +57,8 @@ def compare(
             Rows a forward pass.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code that comes with the models may run.
+        pair_loss ([`~trl_cwdpo.probe_summary.PairLoss`], *optional*):
+            The preference loss, for cooling weights and the loser share.
         with_model (`Callable`, *optional*):
             Called with the name and the model of each while it is loaded, for further measures.
 
@@ -63,16 +67,13 @@ def compare(
         per token; `margin` is Δ_w − Δ_l against it, in nats per sequence.
     """
     origin = load_for_evaluation(models[reference], trust_remote_code=trust_remote_code)
-    baseline = measure(origin, rows, families=FAMILIES, reference=_as_reference(origin), batch_size=batch_size)
+    how: dict[str, Any] = {"reference": _as_reference(origin), "pair_loss": pair_loss, "batch_size": batch_size}
+    baseline = measure(origin, rows, families=FAMILIES, **how)
     records: dict[str, ProbeRecord] = {}
     for name, path in models.items():
         is_reference = name == reference
         model = origin if is_reference else load_for_evaluation(path, trust_remote_code=trust_remote_code)
-        records[name] = (
-            baseline
-            if is_reference
-            else measure(model, rows, reference=_as_reference(origin), baseline=baseline, batch_size=batch_size)
-        )
+        records[name] = baseline if is_reference else measure(model, rows, baseline=baseline, **how)
         if with_model is not None:
             with_model(name, model)
         del model
