@@ -1,17 +1,19 @@
 """Does early stopping keep a good checkpoint of a run that collapses?
 
-    python benchmarks/early_stopping.py --output_dir outputs/early_stopping [--seeds 3]
+    python benchmarks/early_stopping.py --output_dir outputs/early_stopping [--seeds 3] [--collapse sudden]
 
-CW-DPO on the shapes task at a learning rate that ruins the model, a probe and a checkpoint every 10 steps. One run
-goes on to its end, so that every checkpoint can be evaluated; the other one, alike to the last bit, has
-`probe_early_stopping`. Compared is the attribute accuracy of greedy captions of held-out pictures: that of the kept
-checkpoint with that of the best and of the last one.
+CW-DPO on the shapes task, a probe and a checkpoint every 10 steps. A *gradual* collapse starts from a model that has
+not been trained to the end, with a learning rate that rises until it ruins the model; a *sudden* one starts from the
+usual model with a learning rate that is far too high. One run goes on to its end, so that every checkpoint can be
+evaluated; the other one, alike to the last bit, has `probe_early_stopping`. Compared is the attribute accuracy of
+greedy captions of 500 held-out pictures: that of the kept checkpoint with that of the best and of the last one. The
+table is Markdown.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import DatasetDict, load_dataset
@@ -25,11 +27,23 @@ from trl_cwdpo.shapes import evaluate, pretrain, write_dataset
 EVERY = 10
 
 
-def train(model: str, data: DatasetDict, output: Path, steps: int, seed: int, *, stops: bool) -> CWDPOTrainer:
+class Collapse(NamedTuple):
+    """How a run is ruined: steps that its start was pretrained for, and of the run; learning rate, warm-up."""
+
+    pretraining: int
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+
+
+COLLAPSES = {"gradual": Collapse(300, 160, 1e-3, 160), "sudden": Collapse(800, 80, 3e-3, 20)}
+
+
+def train(model: str, data: DatasetDict, output: Path, how: Collapse, seed: int, *, stops: bool) -> CWDPOTrainer:
     """A run that collapses."""
     args = CWDPOConfig(
         output_dir=str(output),
-        max_steps=steps,
+        max_steps=how.steps,
         seed=seed,
         probe_steps=EVERY,
         probe_early_stopping=stops,
@@ -40,9 +54,9 @@ def train(model: str, data: DatasetDict, output: Path, steps: int, seed: int, *,
         beta=0.1,
         cooling_floor=-6.0,
         cooling_temperature=3.0,
-        learning_rate=3e-3,
+        learning_rate=how.learning_rate,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=20,
+        warmup_steps=how.warmup_steps,
         max_length=None,
         use_cpu=True,
         bf16=False,
@@ -69,14 +83,13 @@ def accuracy(folder: str | Path, data: DatasetDict) -> float:
     return evaluate(model, AutoProcessor.from_pretrained(folder), data["test"]).attribute_accuracy
 
 
-def compare(model: str, data: DatasetDict, output: Path, steps: int, seed: int) -> dict[str, Any]:
+def compare(model: str, data: DatasetDict, output: Path, how: Collapse, seed: int) -> dict[str, Any]:
     """Both runs of one seed."""
-    train(model, data, output / f"whole-{seed}", steps, seed, stops=False)
-    found = {
-        step: accuracy(output / f"whole-{seed}/checkpoint-{step}", data) for step in range(EVERY, steps + 1, EVERY)
-    }
+    train(model, data, output / f"whole-{seed}", how, seed, stops=False)
+    steps = range(EVERY, how.steps + 1, EVERY)
+    found = {step: accuracy(output / f"whole-{seed}/checkpoint-{step}", data) for step in steps}
     found = {0: accuracy(model, data), **found}
-    trainer = train(model, data, output / f"stopped-{seed}", steps, seed, stops=True)
+    trainer = train(model, data, output / f"stopped-{seed}", how, seed, stops=True)
     callbacks = trainer.callback_handler.callbacks
     stopper = next(callback for callback in callbacks if isinstance(callback, ProbeEarlyStoppingCallback))
     kept = accuracy(trainer.state.best_model_checkpoint, data)
@@ -87,8 +100,30 @@ def compare(model: str, data: DatasetDict, output: Path, steps: int, seed: int) 
         "best_step": stopper.best_step,
         "kept": kept,
         "best": max(found.values()),
-        "last": found[steps],
+        "last": found[how.steps],
     }
+
+
+def table(results: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """All runs, in Markdown."""
+    headers = ["collapse", "seed", "start", "best of all, at step", "kept, of step", "best − kept", "stopped after",
+               "without stopping", "rules that fired"]  # fmt: skip
+    lines = [f"| {' | '.join(headers)} |", f"|{'---|' * len(headers)}"]
+    for name, seeds in results.items():
+        for seed, found in seeds.items():
+            by_step = found["accuracy_by_step"]
+            best = max(by_step, key=by_step.__getitem__)
+            cells = [
+                *(name, str(seed), f"{100 * by_step[0]:.1f} %"),
+                f"{100 * found['best']:.1f} %, {best}",
+                f"{100 * found['kept']:.1f} %, {found['best_step']}",
+                f"{100 * (found['best'] - found['kept']):.1f}",
+                str(found["stopped_after"]),
+                f"{100 * found['last']:.1f} %",
+                ", ".join(reason.partition(",")[0] for reason in found["reasons"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -96,23 +131,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--collapse", choices=list(COLLAPSES), nargs="+", default=list(COLLAPSES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cache = default_cache_dir()
     source = write_dataset(cache / "shapes-2000-500-seed0", num_test=500)
     data = load_dataset(str(source), cache_dir=str(cache / "arrow"))
-    model = str(pretrain(cache / "tiny-vlm-800-20000-seed0").path)
-    results = {}
-    for seed in range(arguments.seeds):
-        results[seed] = found = compare(model, data, arguments.output_dir, arguments.steps, seed)
-        print(
-            f"seed {seed}: stopped after step {found['stopped_after']} ({'; '.join(found['reasons'])}); kept step "
-            f"{found['best_step']} with {100 * found['kept']:.1f} %; best of all {100 * found['best']:.1f} %, "
-            f"last {100 * found['last']:.1f} %",
-            flush=True,
-        )
-        (arguments.output_dir / "early_stopping.json").write_text(json.dumps(results, indent=1))
+    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in arguments.collapse}
+    for name in arguments.collapse:
+        how = COLLAPSES[name]
+        model = str(pretrain(cache / f"tiny-vlm-{how.pretraining}-20000-seed0", steps=how.pretraining).path)
+        for seed in range(arguments.seeds):
+            results[name][seed] = found = compare(model, data, arguments.output_dir / name, how, seed)
+            print(f"{name}, seed {seed}: {'; '.join(found['reasons'])}", flush=True)
+            (arguments.output_dir / "early_stopping.json").write_text(json.dumps(results, indent=1))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/provoked_failures.py --output_dir outputs/provoked [--first_seed 0] [--seeds 5] [--only swapped]
 
-Stage 2 on the shapes task, from the pretrained tiny model, 60 steps with a probe every 20, by `trl-cwdpo cwdpo` as a
+Stage 2 on the shapes task, from the pretrained tiny model, 60 steps, by `trl-cwdpo cwdpo` as a
 user would run it. Each run's folder stays, with its `probes.jsonl`; `provoked.json` has the verdicts. A run whose
 `probes.jsonl` is complete is not repeated. The table, in Markdown, has the numbers that decided each verdict.
 """
@@ -22,10 +22,9 @@ from trl_cwdpo.probe_records import ProbeRecord, read_records
 from trl_cwdpo.shapes import pretrain, write_dataset
 from trl_cwdpo.signals import diagnose, raised_flags
 
-STEPS, EVERY = 60, 20
+STEPS = 60
 COMMON = {
     "max_steps": STEPS,
-    "probe_steps": EVERY,
     "per_device_train_batch_size": 16,
     "beta": 0.5,
     "learning_rate": 3e-5,
@@ -138,7 +137,7 @@ def is_right(name: str, found: dict[str, Any]) -> bool:
     return bool({found["diagnosis"], *found["ever_raised"]} & SCENARIOS[name].expected)
 
 
-def train(name: str, seed: int, model: str, data: Path, output: Path, rows: int) -> list[ProbeRecord]:
+def train(name: str, seed: int, model: str, data: Path, output: Path, **probes: int) -> list[ProbeRecord]:
     """The probes of one run."""
     if (output / "probes.jsonl").exists():
         records = read_records(output)
@@ -147,7 +146,7 @@ def train(name: str, seed: int, model: str, data: Path, output: Path, rows: int)
     options = {
         **COMMON,
         **SCENARIOS[name].options,
-        "probe_dataset_size": rows,
+        **probes,
         "model_name_or_path": model,
         "dataset_name": str(data),
         "output_dir": str(output),
@@ -167,17 +166,18 @@ def main() -> None:
     parser.add_argument("--first_seed", type=int, default=0)
     # More than the default of 64, since a third of them are hard and a third easy, and one family decides
     parser.add_argument("--probe_dataset_size", type=int, default=192, help="rows probed (default: %(default)s)")
+    parser.add_argument("--probe_steps", type=int, default=20, help="steps between two probes (default: %(default)s)")
     parser.add_argument("--only", choices=list(SCENARIOS), nargs="+", default=list(SCENARIOS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = str(pretrain(default_cache_dir() / "tiny-vlm-800-20000-seed0").path)
     data = write_variants(arguments.output_dir)
+    probes = {"probe_dataset_size": arguments.probe_dataset_size, "probe_steps": arguments.probe_steps}
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in arguments.only}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in arguments.only:
             output = arguments.output_dir / f"{name}-{seed}"
-            rows = arguments.probe_dataset_size
-            found = verdict(train(name, seed, model, data[SCENARIOS[name].data], output, rows))
+            found = verdict(train(name, seed, model, data[SCENARIOS[name].data], output, **probes))
             results[name][str(seed)] = {**found, "right": is_right(name, found)}
             print(f"{name} seed {seed}: {found['diagnosis']}; flags {found['ever_raised']}", flush=True)
     (arguments.output_dir / "provoked.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))

@@ -10,6 +10,7 @@ the policy, q that of the reference.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 CHUNK_NUMBERS = 2**24
 # Modes of the cosine series of the smooth ECE; they resolve kernels down to a width of 0.004
 SMOOTH_MODES, SMOOTH_GRID = 512, 2001
+# Rows drawn by a bootstrap, up to which they are kept for the next one: 8 MB
+KEPT_PICKS = 2**20
 # Scales the median absolute deviation to a standard deviation of a normal sample
 MAD_TO_STD = 1.48
 
@@ -290,16 +293,14 @@ def smooth_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> flo
     """
     if confidence.size == 0:
         return math.nan
-    grid = np.linspace(0.0, 1.0, SMOOTH_GRID)
     nearest = np.rint(np.clip(confidence, 0.0, 1.0) * (SMOOTH_GRID - 1)).astype(int)
     residuals = np.bincount(nearest, weights=correct.astype(float) - confidence, minlength=SMOOTH_GRID)
     modes = np.arange(SMOOTH_MODES)
-    cosines = np.cos(np.pi * modes[:, None] * grid)
-    coefficients = cosines @ residuals / confidence.size * np.where(modes == 0, 1.0, 2.0)
+    coefficients = _cosine_sums(residuals)[:SMOOTH_MODES] / confidence.size * np.where(modes == 0, 1.0, 2.0)
 
     def error(sigma: float) -> float:
-        smoothed = (coefficients * np.exp(-0.5 * (np.pi * modes * sigma) ** 2)) @ cosines
-        return float(np.trapezoid(np.abs(smoothed), grid))
+        smoothed = _cosine_sums(coefficients * np.exp(-0.5 * (np.pi * modes * sigma) ** 2))
+        return float(np.trapezoid(np.abs(smoothed), dx=1.0 / (SMOOTH_GRID - 1)))
 
     # It falls as σ grows, so it meets σ once
     low, high = 0.0, 1.0
@@ -307,6 +308,11 @@ def smooth_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> flo
         middle = 0.5 * (low + high)
         low, high = (middle, high) if error(middle) > middle else (low, middle)
     return 0.5 * (low + high)
+
+
+def _cosine_sums(values: np.ndarray) -> np.ndarray:
+    # Of all k at once: Σ_j values_j cos(πkj/(G − 1)), G the size of the grid; from places to modes and back
+    return np.fft.rfft(values, 2 * (SMOOTH_GRID - 1)).real
 
 
 # --- intervals ------------------------------------------------------------------------------------------------------
@@ -338,6 +344,12 @@ class Interval:
         return cls(**{name: math.nan if value is None else value for name, value in data.items()})
 
 
+@lru_cache(maxsize=8)
+def _picks(seed: int, samples: int, size: int) -> np.ndarray:
+    # A probe draws the same ones for each of its quantities
+    return np.random.default_rng(seed).integers(0, size, size=(samples, size))
+
+
 def bootstrap(
     values: np.ndarray | Sequence[float], seed: int = 0, samples: int = 2000, level: float = 0.95
 ) -> Interval:
@@ -361,7 +373,8 @@ def bootstrap(
         [`Interval`].
     """
     values = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, values.size, size=(samples, values.size))
+    is_small = samples * values.size <= KEPT_PICKS
+    picks = (_picks if is_small else _picks.__wrapped__)(seed, samples, values.size)
     means = values[picks].mean(axis=1)
     low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Interval(float(values.mean()), float(low), float(high))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from . import probe_measures, upstream
 from .probe_measures import OutputHead, TokenStatistics
 from .probe_rows import ProbeRows
+from .upstream import picture_features as features_of
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -104,16 +105,31 @@ class Passes:
         found: list[dict[str, Any]] = []
         for positions, prompts in self.rows.batches(mine, batch_size):
             measured: list[dict[str, Any]] = [{"position": position} for position in positions]
+            features: Any = None
             for family in families:
                 inputs = self.prepare_inputs(self.rows.family_inputs(positions, family, prompts))
-                for row, values in zip(measured, self._family(inputs, family, tuple(positions)), strict=True):
-                    row[family] = values
+                features = self._picture_features(inputs) if features is None else features
+                values = self._family(inputs, family, tuple(positions), features)
+                for row, value in zip(measured, values, strict=True):
+                    row[family] = value
             found += measured
         if world > 1:
             found = gather_object(found)
         return [row for _, row in sorted({row["position"]: row for row in found}.items())]
 
-    def _family(self, inputs: dict[str, Any], family: str, positions: tuple[int, ...]) -> list[dict[str, Any]]:
+    def _picture_features(self, inputs: dict[str, Any]) -> Any:  # noqa: ANN401 (the model's output class)
+        # The same for all families. Where weights are sharded, they are whole within a forward of the model only
+        if "pixel_values" not in inputs or self.sharded or not features_of.takes_features(self.inner):
+            return None
+        return features_of.picture_features(self.inner, inputs)
+
+    def _family(
+        self,
+        inputs: dict[str, Any],
+        family: str,
+        positions: tuple[int, ...],
+        features: Any,  # noqa: ANN401 (as above)
+    ) -> list[dict[str, Any]]:
         mask = inputs["completion_mask"][:, 1:].bool()
         targets = inputs["input_ids"][:, 1:][mask]
         kwargs = {key: value for key, value in inputs.items() if key != "completion_mask"} | {"use_cache": False}
@@ -138,6 +154,9 @@ class Passes:
                 self._remember(known, family, positions)
             reference_logps, states = known
             against = None if states is None else (states[0].to(mask.device), states[1])
+        if features is not None:
+            del kwargs["pixel_values"]
+            kwargs["mm_encoder_outputs"] = {"image": features}
         with upstream.scoring_forward(self.inner, score):
             self.model(**kwargs)
         return _by_row(seen.pop()[0], mask.sum(dim=1).tolist(), reference_logps, family == "chosen", targets)
@@ -171,8 +190,9 @@ def _by_row(
             "jensen_shannon": statistics.jensen_shannon,
             "kullback_leibler": statistics.kullback_leibler,
         }
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     cut = {
-        name: [part.sum().item() for part in column.double().cpu().split(lengths)]
+        name: torch.zeros(len(lengths), dtype=torch.double).index_add_(0, owner, column.double().cpu()).tolist()
         for name, column in columns.items()
         if column is not None
     }

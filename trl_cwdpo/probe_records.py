@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,8 @@ class ProbeRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, which has no NaN or infinity: such numbers become null."""
-        return _finite(asdict(self))
+        plain: dict[str, Any] = _plain(self)
+        return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ProbeRecord":
@@ -226,11 +227,13 @@ class ProbeRecord:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 (any plain data)
+def _plain(value: Any) -> Any:  # noqa: ANN401 (a record, or a value in it)
+    if is_dataclass(value):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
+        return {name: _plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+        return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -2,14 +2,15 @@
 
 Rows are drawn once, by seed. Every family is a completion of the row's own prompt and pictures: `chosen`, `rejected`,
 `rephrase` (a column), `mismatched` (the chosen response of another row) and `shuffled` (the tokens of the chosen
-response in another order, the closing token in its place). Tokens are kept; pictures are processed anew each time,
-since their pixels would fill the memory.
+response in another order, the closing token in its place). Tokens are kept, and processed pictures as long as
+they take little memory; others are processed anew each time.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ from .upstream import preference_collator, prepare_preference_dataset
 
 HARDNESS_COLUMNS = ("grade", "hardness")
 IMAGE_COLUMNS = ("image", "images")
+# Processed pictures, up to which those of a run's rows are kept from one probe to the next, in bytes
+KEPT_PICTURES = 2**28
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class ProbeRows:
         """Number of rows."""
         return len(self.rows)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identifies tokens and order of the rows."""
         return hashlib.sha256(self._json().encode()).hexdigest()[:16]
@@ -288,6 +291,8 @@ class _PromptInputs:
 
     def __init__(self, rows: list[dict[str, Any]], processor: ProcessorMixin) -> None:
         self.rows = rows
+        self.kept: dict[tuple[int, ...], dict[str, Any]] = {}
+        self.room = KEPT_PICTURES
         args = SimpleNamespace(max_length=None, pad_to_multiple_of=None)
         self.collator = preference_collator(
             SimpleNamespace(args=args, _is_vision_dataset=True, processing_class=processor)
@@ -299,7 +304,15 @@ class _PromptInputs:
         return self.collator([with_image_list({key: row[key] for key in columns if key in row}) for row in rows])
 
     def __call__(self, positions: Sequence[int]) -> dict[str, Any]:
-        return one_side(self.pair(positions), "chosen")
+        key = tuple(positions)
+        if key in self.kept:
+            return self.kept[key]
+        inputs = one_side(self.pair(positions), "chosen")
+        size = sum(value.numel() * value.element_size() for value in inputs.values() if torch.is_tensor(value))
+        if size <= self.room:
+            self.room -= size
+            self.kept[key] = inputs
+        return inputs
 
 
 def _add_mismatched_and_shuffled(pairs: list[Pair], eos_token_id: int | None, seed: int) -> None:

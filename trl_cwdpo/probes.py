@@ -246,11 +246,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
         )
         self.previous = record
         self.baseline = self.baseline or record
-        RunState.of(trainer).values[STATE_KEY] = {
-            "digest": self.rows.digest,
-            "baseline": self.baseline.to_dict(),
-            "previous": record.to_dict(),
-        }
+        self._remember(record)
         if state.is_world_process_zero:
             append_record(Path(trainer.args.output_dir) / RECORDS_FILE, record)
         # Past the trainer's own `log`, which would take TRL's averages of the steps so far with it; and logging drops
@@ -261,6 +257,12 @@ class DeltaLogpProbeCallback(TrainerCallback):
         for callback in trainer.callback_handler.callbacks:
             if hasattr(callback, "on_probe"):
                 callback.on_probe(trainer.args, state, control, record=record, baseline=self.baseline)
+
+    def _remember(self, record: ProbeRecord) -> None:
+        kept = RunState.of(self.trainer).values
+        plain = record.to_dict()
+        first = plain if record is self.baseline else kept[STATE_KEY]["baseline"]
+        kept[STATE_KEY] = {"digest": self.rows.digest, "baseline": first, "previous": plain}
 
     def _spikes(self, state: TrainerState) -> int | None:
         if self.previous is None:

@@ -227,8 +227,10 @@ def numbers_of(record: ProbeRecord) -> dict[str, Any]:
         `dict[str, Any]`: Plain JSON values.
     """
     plain = record.to_dict()
-    kept = ("accuracy", "margin", "ece", "smooth_ece", "brier", "entropy", "top1_mass")
-    kept += ("weight", "easy_fraction", "saturated_fraction", "loser_share")
+    kept = (
+        *("accuracy", "margin", "ece", "smooth_ece", "brier", "entropy", "top1_mass"),
+        *("weight", "easy_fraction", "saturated_fraction", "loser_share"),
+    )
     families = {
         name: {"avg_logp": family["avg_logp"], "delta0": family["delta0"]}
         for name, family in plain["families"].items()

@@ -199,9 +199,9 @@ def _sentences(first: ProbeRecord, last: ProbeRecord) -> list[str]:
     lines.append(_margin(first, last))
     if last.weight is not None:
         before = "" if first.weight is None else f" (at first {first.weight:.2f})"
+        trained = "" if last.trained_weight is None else f", of the pairs trained on {last.trained_weight:.2f}"
         easy = f"; {last.easy_fraction:.0%} of the negatives are easy (w < 0.1)" if last.easy_fraction else ""
-        trained = "" if last.trained_weight is None else f"; that of the pairs trained on is {last.trained_weight:.2f}"
-        lines.append(f"The mean cooling weight is {last.weight:.2f}{before}{easy}{trained}.")
+        lines.append(f"The mean cooling weight is {last.weight:.2f}{before}{trained}{easy}.")
     elif last.loser_share is not None:
         lines.append("No cooling weights were at work.")
     lines.append(_calibration(first, last))
