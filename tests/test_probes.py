@@ -1,5 +1,6 @@
 """`probes`: what is measured agrees with plain logits, and a run with probes is the run without them."""
 
+import functools
 import json
 import math
 import random
@@ -215,6 +216,35 @@ class TestMeasure:
         rows = choose_rows(vision_pairs["test"], AutoProcessor.from_pretrained(vision_model), 4)
         found = check_against_logits(model, other, rows)
         assert "rephrase" not in found.families
+
+    def test_pictures_are_processed_once_a_run_and_encoded_once_a_probe(self, vision_model, vision_pairs, monkeypatch):
+        model = AutoModelForImageTextToText.from_pretrained(vision_model)
+        rows = choose_rows(vision_pairs["test"], AutoProcessor.from_pretrained(vision_model), 4)
+        encoded, processed = [], []
+        features, collator = model.base_model.get_image_features, rows.prompt_inputs.collator
+        monkeypatch.setattr(rows.prompt_inputs, "collator", lambda pairs: processed.append(1) or collator(pairs))
+
+        @functools.wraps(features)
+        def encode(**kwargs):
+            encoded.append(1)
+            return features(**kwargs)
+
+        monkeypatch.setattr(model.base_model, "get_image_features", encode)
+        first, second = (measure(model, rows, batch_size=2) for _ in range(2))
+        assert (len(encoded), len(processed)) == (4, 2)
+        # Room for the pictures of one batch only
+        size = sum(value.numel() * value.element_size() for value in rows.prompt_inputs([0, 1]).values())
+        monkeypatch.setattr(rows.prompt_inputs, "kept", {})
+        monkeypatch.setattr(rows.prompt_inputs, "room", size)
+        measure(model, rows, batch_size=2)
+        assert len(processed) == 4
+        measure(model, rows, batch_size=2)
+        assert len(processed) == 5
+        monkeypatch.setattr("trl_cwdpo.upstream.picture_features.takes_features", lambda model: False)
+        usual = measure(model, rows, batch_size=2)
+        for name, family in usual.families.items():
+            assert first.families[name] == second.families[name]
+            assert first.families[name].row_avg_logps == pytest.approx(family.row_avg_logps, abs=1e-6)
 
     def test_changes_are_paired_differences(self, text_model, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(text_model)

@@ -223,7 +223,9 @@ class TestCharts:
         probed, trained = chart.lines
         assert (probed.name, probed.y) == ("probed pairs", (0.5, 0.5, 0.5))
         assert (trained.name, trained.x, trained.y) == ("pairs trained on", (10.0, 20.0), (0.3, 0.2))
-        assert any("is 0.50 (at first 0.50), of the pairs trained on 0.20" in line for line in judge(runs.tracks[0]).sentences)
+        assert any(
+            "is 0.50 (at first 0.50), of the pairs trained on 0.20" in line for line in judge(runs.tracks[0]).sentences
+        )
         two = read_runs([folder, write_run(tmp_path / "b")])
         chart = next(c for c in charts_of(two) if c.key == "stage2-cooling-weight")
         assert [line.name for line in chart.lines] == ["a", "b"]

@@ -14,7 +14,7 @@ from trl_cwdpo import CWDPOConfig, CWDPOTrainer, GentleNegativeSFTConfig, Gentle
 from trl_cwdpo.data import PreferenceCollator, one_side
 from trl_cwdpo.pictures_once import PicturesOnce, with_pictures_twice
 from trl_cwdpo.shared_prefix import batch_layout
-from trl_cwdpo.upstream import picture_features
+from trl_cwdpo.upstream import picture_features, scoring_forward
 
 
 @pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS.keys())
@@ -52,6 +52,11 @@ def test_models_take_the_features_of_pictures_instead(family):
     features = picture_features.picture_features(model, inputs)
     del inputs["pixel_values"]
     assert torch.equal(model(**inputs, mm_encoder_outputs={"image": features}).logits, expected)
+    # And so does the backbone, which the probes call
+    seen = []
+    with scoring_forward(model, lambda hidden, head: seen.append(head.log_probabilities(hidden.flatten(0, 1)))):
+        model(**inputs, mm_encoder_outputs={"image": features})
+    assert torch.allclose(seen[0], expected.flatten(0, 1).log_softmax(-1), atol=1e-5)
 
 
 def frozen_model(family):
