@@ -312,7 +312,10 @@ def test_obstacles_that_the_configuration_tells():
         return model_obstacle(LlamaForCausalLM(LlamaConfig(**SIZES, **options)))
 
     assert obstacle() is None
-    assert "`attn_implementation='flex_attention'`" in obstacle(attn_implementation="flex_attention")
+    assert obstacle(attn_implementation="flex_attention") is None
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.config._attn_implementation = "flash_attention_2"
+    assert "`attn_implementation='flash_attention_2'` takes no mask" in model_obstacle(model)
     assert "'linear_attention'" in obstacle(layer_types=["full_attention", "linear_attention"])
 
 

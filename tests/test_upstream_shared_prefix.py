@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers.masking_utils
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
@@ -118,6 +120,33 @@ def test_everything_said_of_tokens_is_mapped():
 
 def test_models_tell_whether_they_look_their_attention_up(model):
     assert internals.looks_up_attention(model) is True
+
+
+def test_block_masks_are_made_of_functions_and_reach_the_attention_function(model, monkeypatch):
+    # Not compiled, which takes a minute
+    monkeypatch.setattr(
+        transformers.masking_utils, "create_block_mask", lambda _compile, **options: create_block_mask(**options)
+    )
+    mask = internals.block_mask(lambda batch, head, place, seen: seen <= place, 5, torch.device("cpu"))
+    assert isinstance(mask, BlockMask)
+    assert (
+        create_mask(mask.mask_mod, 1, 1, 5, 5, device="cpu")[0, 0].tolist() == torch.ones(5, 5).tril().bool().tolist()
+    )
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        seen.append(attention_mask)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    before = AttentionInterface()["flex_attention"]
+    AttentionInterface.register("flex_attention", attention)
+    try:
+        model.set_attn_implementation("flex_attention")
+        model(input_ids=torch.arange(5)[None], attention_mask=mask, position_ids=torch.arange(5)[None])
+    finally:
+        AttentionInterface.register("flex_attention", before)
+    assert len(seen) == 1
+    assert seen[0] is mask
 
 
 @pytest.mark.parametrize(

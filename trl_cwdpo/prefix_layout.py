@@ -6,8 +6,10 @@ the right to the longest of the batch. The side whose block is longer comes firs
 blocks apart. [`PrefixLayout`] goes there and back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -32,6 +34,8 @@ class PrefixLayout:
             Widths of the blocks of the chosen and of the rejected responses.
         padded_prompts (`bool`):
             Whether prompts differ in length.
+        tokens (`int`):
+            Tokens of all prompts and responses, each prompt counted once.
     """
 
     prompt_lengths: torch.Tensor
@@ -40,6 +44,7 @@ class PrefixLayout:
     prompt: int
     sides: tuple[int, int]
     padded_prompts: bool
+    tokens: int
 
     @property
     def pairs(self) -> int:
@@ -60,6 +65,16 @@ class PrefixLayout:
     def _starts(self) -> tuple[int, int]:
         first = self.prompt + self.sides[self.longer]
         return (self.prompt, first) if self.longer == 0 else (first, self.prompt)
+
+    @property
+    def used(self) -> torch.Tensor:
+        """Of each column of the rows whether it holds a token, `torch.Tensor` of shape `(B, N)`, bool."""
+        return self._place[2]
+
+    @property
+    def side_of_column(self) -> torch.Tensor:
+        """-1 for the prompt, 0 for the chosen, 1 for the rejected response, `torch.Tensor` of shape `(N,)`."""
+        return self._place[0]
 
     def _columns(self, width: int) -> torch.Tensor:
         return torch.arange(width, device=self.prompt_lengths.device)
@@ -204,7 +219,9 @@ class PrefixLayout:
         elsewhere = (place < 0) | (place >= self.lengths.reshape(-1, 1))
         return place.clamp(min=0, max=max(self.sides) - 1), elsewhere
 
-    def relative_cost(self, hidden_size: int, intermediate_size: int, head_size: float = 0.0) -> float:
+    def relative_cost(
+        self, hidden_size: int, intermediate_size: int, head_size: float = 0.0, width: float | None = None
+    ) -> float:
         """
         Estimated arithmetic of decoder and head on the rows, relative to that on the batch as it came.
 
@@ -215,6 +232,8 @@ class PrefixLayout:
                 Width of its feed-forward layers.
             head_size (`float`, *optional*, defaults to 0):
                 Width of the head, divided by the number of layers, where the usual way scores every token.
+            width (`float`, *optional*):
+                Tokens of a row, if not N.
 
         Returns:
             `float`.
@@ -223,8 +242,85 @@ class PrefixLayout:
         per_score = 2 * hidden_size * head_size
         longer, shorter = max(self.sides), min(self.sides)
         seen = self.prompt**2 / 2 + longer * (self.prompt + longer) + shorter * (self.prompt + shorter)
-        ours = self.width * per_token + 2 * (1 + longer) * per_score + 4 * hidden_size * seen
+        ours = (width or self.width) * per_token + 2 * (1 + longer) * per_score + 4 * hidden_size * seen
         return ours / (2 * self.length * (per_token + per_score) + 4 * hidden_size * self.length**2)
+
+
+class PackedRows:
+    """
+    The rows of a layout laid end to end in one row, without their padding: pairs attend to nothing of each other.
+
+    Stands in for the layout where attention takes a function of two places as its mask.
+
+    Args:
+        layout ([`PrefixLayout`]):
+            Layout of the batch.
+        multiple (`int`, *optional*, defaults to 128):
+            The row is padded to a multiple of it, so that kernels see few different lengths.
+    """
+
+    def __init__(self, layout: PrefixLayout, multiple: int = 128) -> None:
+        self.layout = layout
+        self.restore, self.labels = layout.restore, layout.labels
+        used = layout.used.flatten()
+        # Tokens keep their order, so a stable sort puts padding behind them without asking for their number
+        order = torch.sort((~used).byte(), stable=True).indices
+        self.length = -(-layout.tokens // multiple) * multiple
+        spare = max(0, self.length - len(order))
+        self._kept = torch.cat([order, order[-1:].expand(spare)])[: self.length]
+        place = used.cumsum(0) - 1
+        self.scored_index = place[layout.scored_index]
+        pair = torch.arange(layout.pairs, device=used.device).repeat_interleave(layout.width)
+        side = layout.side_of_column.repeat(layout.pairs)
+        is_padding = torch.arange(self.length, device=used.device) >= layout.tokens
+        self._pair = pair[self._kept].masked_fill(is_padding, layout.pairs)
+        self._side = side[self._kept]
+        self._mask: Any = None
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """
+        Tokens of the batch, or anything said of each of them, as one row.
+
+        Args:
+            tensor (`torch.Tensor` of shape `(2B, T)`):
+                As the collator returns it. Padding takes values that padding of the layout's rows has, or none.
+
+        Returns:
+            `torch.Tensor` of shape `(1, length)`.
+        """
+        return self._pack(self.layout.rows(tensor))
+
+    def positions(self, prompt_positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Position ids of the row, of shape `(1, length)` or `(axes, 1, length)`; see [`PrefixLayout.positions`]."""
+        return self._pack(self.layout.positions(prompt_positions))
+
+    def _pack(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.flatten(-2)[..., self._kept].unsqueeze(-2)
+
+    def attends(self) -> Callable[..., torch.Tensor]:
+        """
+        What each place may attend to: its pair's prompt and its own side, up to itself.
+
+        Returns:
+            `Callable` of batch, head, place and place attended to, as FlexAttention takes it.
+        """
+        pair, side = self._pair, self._side
+
+        def mask(_batch: Any, _head: Any, place: Any, seen: Any) -> torch.Tensor:  # noqa: ANN401 (tensors or traced)
+            own = (side[seen] < 0) | (side[seen] == side[place])
+            return (seen <= place) & (pair[seen] == pair[place]) & own
+
+        return mask
+
+    def mask(self, build: Callable[[Callable[..., torch.Tensor], int], Any]) -> Any:  # noqa: ANN401 (of the kernel)
+        """What `build` makes of [`~PackedRows.attends`] and the length, once for policy and reference."""
+        if self._mask is None:
+            self._mask = build(self.attends(), self.length)
+        return self._mask
+
+    def relative_cost(self, hidden_size: int, intermediate_size: int, head_size: float = 0.0) -> float:
+        """As [`PrefixLayout.relative_cost`], without the padding."""
+        return self.layout.relative_cost(hidden_size, intermediate_size, head_size, self.length / self.layout.pairs)
 
 
 def find_layout(
@@ -256,10 +352,11 @@ def find_layout(
     chosen_prompts, rejected_prompts = prompts.chunk(2)
     same = (chosen == rejected) | (column >= chosen_prompts.unsqueeze(1))
     widths = [chosen_prompts.max(), chosen_prompts.min(), *lengths.reshape(2, -1).amax(dim=1), lengths.min()]
+    tokens = chosen_prompts.sum() + lengths.sum()
     checks = [regular.all(), same.all() & (chosen_prompts == rejected_prompts).all()]
     # All that the host needs to know, in one transfer
-    found = torch.stack([*widths, *(check.long() for check in checks)]).tolist()
-    longest, shortest, chosen_width, rejected_width, shortest_side, is_regular, is_same = found
+    found = torch.stack([*widths, tokens, *(check.long() for check in checks)]).tolist()
+    longest, shortest, chosen_width, rejected_width, shortest_side, total, is_regular, is_same = found
     if not is_regular:
         return "its rows are not a prompt and a response, padded on the right"
     if not is_same:
@@ -267,6 +364,5 @@ def find_layout(
     if not shortest or not shortest_side:
         return "a prompt or a response is empty"
     sides = (int(chosen_width), int(rejected_width))
-    return PrefixLayout(
-        chosen_prompts, lengths.reshape(2, -1), len(column), int(longest), sides, bool(longest != shortest)
-    )
+    uneven = bool(longest != shortest)
+    return PrefixLayout(chosen_prompts, lengths.reshape(2, -1), len(column), int(longest), sides, uneven, int(total))

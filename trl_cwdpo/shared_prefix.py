@@ -22,12 +22,14 @@ from torch import nn
 
 from . import upstream
 from .pictures_once import TEXT_TENSORS, with_pictures_twice
-from .prefix_layout import PrefixLayout, find_layout
+from .prefix_layout import PackedRows, PrefixLayout, find_layout
 from .preserved import evaluation_mode, preserved_random_state
 from .upstream import picture_features as features_of
 from .upstream import shared_prefix as internals
 
 logger = logging.getLogger(__name__)
+
+Layout = PrefixLayout | PackedRows
 
 # Mean absolute difference of the responses' log-probabilities, nats per token, up to which both ways are the same
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -132,8 +134,8 @@ class SharedPrefix:
         self._told: set[str] = set()
         self._obstacle = obstacle
         self._features = PictureFeatures(accelerator)
-        # Layout of the last batch, and its tokens and labels
-        self._last: tuple[tuple[weakref.ref[torch.Tensor], ...], PrefixLayout | str] | None = None
+        # Tokens and labels of the last batch, for which attention it was laid out, and how
+        self._last: tuple[tuple[weakref.ref[torch.Tensor], ...], str, Layout | str] | None = None
         if option:
             internals.register_split_attention()
 
@@ -189,17 +191,18 @@ class SharedPrefix:
             return model(**kwargs)
         return run_rows(model, layout, kwargs, self._features)
 
-    def _layout(self, inner: Any, kwargs: dict[str, Any]) -> PrefixLayout | str:  # noqa: ANN401 (as above)
+    def _layout(self, inner: Any, kwargs: dict[str, Any]) -> Layout | str:  # noqa: ANN401 (as above)
         found = row_obstacle(inner, kwargs)
         if found is not None:
             return found
-        tensors = kwargs["input_ids"], kwargs["labels"]
+        tensors, attention = (kwargs["input_ids"], kwargs["labels"]), internals.attention_of(inner)
         # The reference gets the very tensors of the policy
-        if self._last is None or any(of() is not tensor for of, tensor in zip(self._last[0], tensors, strict=True)):
-            self._last = tuple(map(weakref.ref, tensors)), pair_layout(kwargs)
-        return self._last[1]
+        known = self._last
+        if known is None or known[1] != attention or any(a() is not b for a, b in zip(known[0], tensors, strict=True)):
+            known = self._last = tuple(map(weakref.ref, tensors)), attention, pair_layout(inner, kwargs)
+        return known[2]
 
-    def _verify(self, model: nn.Module, kwargs: dict[str, Any], layout: PrefixLayout | str) -> None:
+    def _verify(self, model: nn.Module, kwargs: dict[str, Any], layout: Layout | str) -> None:
         # Sharded models wait for one another: every rank makes the same forwards, and all come to the same verdict
         inner = upstream.unwrapped(model)
         static = self._obstacle or model_obstacle(inner)
@@ -220,9 +223,7 @@ class SharedPrefix:
             )
         self._tell_once(f"`share_prefix='auto'`: each response is computed with its own prompt, since {reasons[0]}.")
 
-    def _compare(
-        self, model: nn.Module, kwargs: dict[str, Any], layout: PrefixLayout | str
-    ) -> tuple[str | None, bool]:
+    def _compare(self, model: nn.Module, kwargs: dict[str, Any], layout: Layout | str) -> tuple[str | None, bool]:
         # What is wrong, and whether this batch could tell
         with preserved_random_state(), evaluation_mode(model), torch.no_grad():
             usual = upstream.per_token_logps(model(**kwargs))
@@ -294,7 +295,7 @@ def model_obstacle(model: Any) -> str | None:  # noqa: ANN401 (a model of transf
     """
     config = model.config.get_text_config()
     implementation = internals.attention_of(model)
-    if implementation not in (internals.SPLIT_ATTENTION, internals.DENSE_ATTENTION):
+    if implementation not in (internals.SPLIT_ATTENTION, internals.DENSE_ATTENTION, internals.BLOCK_ATTENTION):
         return f"`attn_implementation={implementation!r}` takes no mask that hides a response (use 'sdpa')"
     if layers := internals.stateful_layers(config):
         return f"layers of the kind {sorted(layers)[0]!r} carry a state along the row"
@@ -303,7 +304,7 @@ def model_obstacle(model: Any) -> str | None:  # noqa: ANN401 (a model of transf
     return None
 
 
-def batch_layout(model: Any, kwargs: dict[str, Any]) -> PrefixLayout | str:  # noqa: ANN401 (as above)
+def batch_layout(model: Any, kwargs: dict[str, Any]) -> Layout | str:  # noqa: ANN401 (as above)
     """
     The layout of a batch, or why it cannot be shared.
 
@@ -316,7 +317,7 @@ def batch_layout(model: Any, kwargs: dict[str, Any]) -> PrefixLayout | str:  # n
     Returns:
         [`PrefixLayout`] or `str`.
     """
-    return row_obstacle(model, kwargs) or pair_layout(kwargs)
+    return row_obstacle(model, kwargs) or pair_layout(model, kwargs)
 
 
 def row_obstacle(model: Any, kwargs: dict[str, Any]) -> str | None:  # noqa: ANN401 (as above)
@@ -329,13 +330,15 @@ def row_obstacle(model: Any, kwargs: dict[str, Any]) -> str | None:  # noqa: ANN
     return None
 
 
-def pair_layout(kwargs: dict[str, Any]) -> PrefixLayout | str:
-    """The layout of a batch, or why its pairs share no prefix."""
+def pair_layout(model: Any, kwargs: dict[str, Any]) -> Layout | str:  # noqa: ANN401 (as above)
+    """The layout of a batch, packed where the model's attention takes that, or why its pairs share no prefix."""
     for name, value in vision_inputs(kwargs).items():
         halves = value.chunk(2)
         if len(value) % 2 or not torch.equal(*halves):
             return f"chosen and rejected rows differ in `{name}`"
-    return find_layout(kwargs["input_ids"], kwargs.get("attention_mask"), kwargs["labels"])
+    layout = find_layout(kwargs["input_ids"], kwargs.get("attention_mask"), kwargs["labels"])
+    packs = internals.attention_of(model) == internals.BLOCK_ATTENTION
+    return PackedRows(layout) if packs and not isinstance(layout, str) else layout
 
 
 def vision_inputs(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -344,7 +347,7 @@ def vision_inputs(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in kwargs.items() if torch.is_tensor(value) and name not in text}
 
 
-def relative_cost(model: Any, layout: PrefixLayout) -> float:  # noqa: ANN401 (as above)
+def relative_cost(model: Any, layout: Layout) -> float:  # noqa: ANN401 (as above)
     """Estimated cost of the rows of a layout, relative to the usual forward pass."""
     config = model.config.get_text_config()
     hidden = getattr(config, "hidden_size", None) or 1
@@ -354,7 +357,7 @@ def relative_cost(model: Any, layout: PrefixLayout) -> float:  # noqa: ANN401 (a
 
 
 def run_rows(
-    model: nn.Module, layout: PrefixLayout, kwargs: dict[str, Any], features: PictureFeatures | None = None
+    model: nn.Module, layout: Layout, kwargs: dict[str, Any], features: PictureFeatures | None = None
 ) -> upstream.FusedCausalLMOutput:
     """
     A fused forward pass with one row for each pair.
@@ -395,8 +398,10 @@ def run_rows(
     return internals.map_per_token(outputs, layout.restore)
 
 
-def attention_mask(model: Any, layout: PrefixLayout) -> torch.Tensor:  # noqa: ANN401 (as above)
+def attention_mask(model: Any, layout: Layout) -> Any:  # noqa: ANN401 (as above)
     """The mask of the rows of a layout, in the form that the attention implementation of a model takes."""
+    if isinstance(layout, PackedRows):
+        return layout.mask(functools.partial(internals.block_mask, device=layout.scored_index.device))
     if internals.attention_of(model) == internals.SPLIT_ATTENTION and internals.looks_up_attention(model):
         return layout.side_mask
     mask = layout.dense_mask()

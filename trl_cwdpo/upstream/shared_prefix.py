@@ -4,6 +4,7 @@ Assumed, and pinned down by `tests/test_upstream_shared_prefix.py`:
 
 - a four-dimensional attention mask reaches the attention function as it is;
 - models look their attention function up in `AttentionInterface` by the name in their configuration;
+- the mask function "flex_attention" of `AttentionMaskInterface` makes block masks of functions, and models take them;
 - the fused head scores the `last_hidden_state` that the backbone `base_model` returns, whatever its length;
 - models with multi-axis RoPE compute their positions in `get_rope_index`, and take them as `position_ids`.
 """
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 SPLIT_ATTENTION = "sdpa"
 DENSE_ATTENTION = "eager"
+BLOCK_ATTENTION = "flex_attention"
 STATELESS_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # A model has many modules, and every batch asks
@@ -97,6 +99,25 @@ def register_split_attention() -> None:
     attention = AttentionInterface()[SPLIT_ATTENTION]
     if not isinstance(attention, SplitAttention):
         AttentionInterface.register(SPLIT_ATTENTION, SplitAttention(attention))
+
+
+def block_mask(attends: Callable[..., torch.Tensor], length: int, device: torch.device) -> Any:  # noqa: ANN401 (torch's)
+    """
+    The block mask of a row, by the function that makes them for transformers' own models.
+
+    Args:
+        attends (`Callable`):
+            Of batch, head, place and place attended to.
+        length (`int`):
+            Tokens of the row.
+        device (`torch.device`):
+            Where it is used.
+
+    Returns:
+        [`~torch.nn.attention.flex_attention.BlockMask`]: blocks that nobody attends to are not computed.
+    """
+    build = AttentionMaskInterface()[BLOCK_ATTENTION]
+    return build(batch_size=1, q_length=length, kv_length=length, mask_function=attends, device=device)
 
 
 def attention_of(model: PreTrainedModel) -> str:
