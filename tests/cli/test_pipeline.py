@@ -13,11 +13,13 @@ import pytest
 import tiny
 import torch
 import yaml
+from datasets import load_dataset
 from safetensors.torch import load_file
 
 from trl_cwdpo.cli import main, pipeline, pipeline_steps
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.fingerprints import data_fingerprint, model_fingerprint
+from trl_cwdpo.cli.generation_journal import Journal
 from trl_cwdpo.cli.pipeline import Pipeline
 from trl_cwdpo.cli.recipe import builtin_recipes, make_recipe
 
@@ -174,6 +176,86 @@ def test_adapters(handover, text_model, text_data, tmp_path, in_this_process):
     assert losses[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "handover", [None, pytest.param("merge", marks=pytest.mark.slow), pytest.param("continue", marks=pytest.mark.slow)]
+)
+def test_rounds(handover, text_model, text_data, tmp_path, in_this_process):
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "lora_handover": handover}
+    out = tmp_path / "out"
+    sampling = {"rounds": 2, "negative_max_completion_length": 6, "num_negative_generations": 2}
+    values = raw_recipe(
+        text_model,
+        text_data,
+        out,
+        model={} if handover is None else lora,
+        stage1={"learning_rate": 0.05},
+        stage2={**sampling, "learning_rate": 0.05},
+    )
+    assert run(values) == 0
+    merge = (lambda name: [f"merge-{name}"]) if handover == "merge" else lambda name: []
+    rounds = ["round1-negatives", "round1", *merge("round1"), "round2-negatives", "round2"]
+    expected = ["check", "prepare", "stage1", *merge("stage1"), *rounds, "evaluate", "report"]
+    assert in_this_process == expected
+
+    # Each round samples from what the last one has left, for the same pairs, and trains on it
+    made = [load_dataset(str(out / f"round{number}-negatives")) for number in (1, 2)]
+    assert [len(part) for splits in made for part in splits.values()] == [5, 4, 5, 4]
+    first, second = (splits["train"] for splits in made)
+    assert first["prompt"] == second["prompt"]
+    assert first["rejected"] != second["rejected"]
+    assert set(first["source"]) == {"policy"}
+    assert made[0]["test"]["rejected"] == made[1]["test"]["rejected"]
+    results = ["stage1", "round1", "round2"]
+    starts = [yaml.safe_load((out / f"{name}.yaml").read_text())["model_name_or_path"] for name in results]
+    end = "/merged" if handover == "merge" else ""
+    assert starts == [text_model, f"{out}/stage1{end}", f"{out}/round1{end}"]
+    # and starts as its own reference
+    for name in ("round1", "round2"):
+        losses = [entry["loss"] for entry in _history(out / name) if "loss" in entry]
+        assert losses[0] == pytest.approx(0.693147, abs=1e-4)
+    models = json.loads((out / "evaluation.json").read_text())["models"]
+    assert list(models) == ["start", *results]
+    assert len({model["tv"] for model in models.values()}) == 4
+    assert "out, round 2" in (out / "report.html").read_text()
+    stages = [json.loads(line)["stage"] for line in (out / "probes.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(stages)) == results
+
+    # Done steps are not repeated; one whose result is gone comes out the same
+    before = model_fingerprint(str(out / "round2"))
+    shutil.rmtree(out / "round2")
+    in_this_process.clear()
+    assert run(values) == 0
+    assert in_this_process == ["check", "round2", "report"]
+    assert model_fingerprint(str(out / "round2")) == before
+    assert {"round1-negatives", "round1", "round1.yaml", "round2"} <= set(Pipeline(make_recipe(values)).layout.owned)
+
+
+def test_a_round_goes_on_sampling_where_it_was_stopped(text_model, text_data, tmp_path, in_this_process, monkeypatch):
+    sampling = {"rounds": 1, "negative_max_completion_length": 6, "negative_generation_batch_size": 1}
+    values = raw_recipe(text_model, text_data, tmp_path / "out", stage2=sampling)
+    whole = raw_recipe(text_model, text_data, tmp_path / "whole", stage2=sampling)
+    add, added = Journal.add, []
+
+    def until_it_is_stopped(self, entries):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.extend(entries)
+        add(self, entries)
+
+    monkeypatch.setattr(Journal, "add", until_it_is_stopped)
+    assert run(values) == 130
+    monkeypatch.setattr(Journal, "add", lambda self, entries: (added.extend(entries), add(self, entries)))
+    assert run(values) == 0
+    assert sorted(entry["row"] for entry in added) == list(range(5))
+    assert run(whole) == 0
+    names = ("prompt", "chosen", "rejected")
+    found, expected = (
+        load_dataset(str(tmp_path / name / "round1-negatives"), split="train").select_columns(names).to_list()
+        for name in ("out", "whole")
+    )
+    assert found == expected
+
+
 def _history(folder):
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     return json.loads((last / "trainer_state.json").read_text())["log_history"]
@@ -203,9 +285,11 @@ def test_builtin_recipe_trains_a_tiny_model(name, text_model, vision_model, visi
         data = str(tmp_path / "data")
         vision_pairs.save_to_disk(data)
     assert run(_swapped(name, text_model, vision_model, data, tmp_path / "out")) == 0
-    for stage in ("stage1", "stage2"):
-        assert [entry["step"] for entry in _history(tmp_path / "out" / stage) if "loss" in entry] == [1, 2]
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["stage2"]["tv"] > 0
+    models = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
+    _, *trainings = models
+    for training in trainings:
+        assert [entry["step"] for entry in _history(tmp_path / "out" / training) if "loss" in entry] == [1, 2]
+    assert models[trainings[-1]]["tv"] > 0
 
 
 def test_fingerprints_follow_contents(tmp_path):

@@ -8,7 +8,7 @@ import yaml
 
 from trl_cwdpo.cli import main
 from trl_cwdpo.cli.errors import CommandError
-from trl_cwdpo.cli.pipeline_plan import stage1_result, stage_options, start_model, steps_of
+from trl_cwdpo.cli.pipeline_plan import result_of, stage_options, start_model, steps_of, trainings_of
 from trl_cwdpo.cli.pipeline_steps import split_rows
 from trl_cwdpo.cli.recipe import RecipeError, builtin_recipes, known_keys, make_recipe, read_recipe
 
@@ -74,7 +74,7 @@ def test_overrides_go_before_the_file(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({**MINIMAL, "stage2": {"beta": 0.1, "max_steps": 5}}))
     read = read_recipe(str(file), {"stage2.beta": 0.3, "launch.num_processes": 2, "seed": 7})
-    assert read["stage2"] == {"beta": 0.3, "max_steps": 5}
+    assert read["stage2"] == {"rounds": None, "beta": 0.3, "max_steps": 5}
     assert (read["launch"], read["seed"], read["name"]) == ({"num_processes": 2}, 7, "mine")
     assert str(read.output_dir) == "outputs/mine"
     assert main(["run", str(file), "--stage2.beta", "0.25", "--output_dir", "there", "--dry_run"]) == 0
@@ -109,7 +109,7 @@ class TestSteps:
         made = recipe(output_dir="out")
         assert steps_of(made) == ("prepare", "stage1", "stage2", "evaluate")
         assert start_model(made) == "my_model"
-        assert stage1_result(made) == "out/stage1"
+        assert result_of(made, "stage1") == "out/stage1"
         split = {"seed": 1, "stage1": [0], "stage2": [1], "held_out": [2]}
         first, second = (stage_options(made, stage, split) for stage in ("stage1", "stage2"))
         assert (first["model_name_or_path"], second["model_name_or_path"]) == ("my_model", "out/stage1")
@@ -120,14 +120,14 @@ class TestSteps:
 
     def test_merge_trains_a_new_adapter_on_merged_weights(self):
         made = recipe(model={"model_name_or_path": "m", "use_peft": True, "lora_r": 4}, output_dir="out")
-        assert steps_of(made) == ("prepare", "stage1", "merge", "stage2", "evaluate")
+        assert steps_of(made) == ("prepare", "stage1", "merge-stage1", "stage2", "evaluate")
         second = stage_options(made, "stage2", {})
         assert (second["model_name_or_path"], second["use_peft"], second["lora_r"]) == ("out/stage1/merged", True, 4)
 
     def test_continue_trains_the_adapter_on(self):
         model = {"model_name_or_path": "m", "use_peft": True, "lora_r": 4, "load_in_4bit": True}
         made = recipe(model={**model, "lora_handover": "continue"}, output_dir="out")
-        assert "merge" not in steps_of(made)
+        assert "merge-stage1" not in steps_of(made)
         second = stage_options(made, "stage2", {})
         assert (second["model_name_or_path"], second["load_in_4bit"]) == ("out/stage1", True)
         assert not {"use_peft", "lora_r", "lora_handover"} & set(second)
@@ -140,6 +140,33 @@ class TestSteps:
         assert (first["dataset_name"], second["dataset_name"], second["columns"]) == ("a", "b", "llava")
         assert first["dataset_test_split"] == second["dataset_test_split"] == "test"
         assert "eval_rows" not in second
+
+    def test_rounds(self):
+        made = recipe(stage2={"rounds": 2, "beta": 0.3}, output_dir="out")
+        rounds = ("round1-negatives", "round1", "round2-negatives", "round2")
+        assert steps_of(made) == ("prepare", "stage1", *rounds, "evaluate")
+        first, second = (stage_options(made, name, {"stage2": [1], "held_out": [2]}) for name in ("round1", "round2"))
+        assert (first["model_name_or_path"], second["model_name_or_path"]) == ("out/stage1", "out/round1")
+        assert (first["dataset_name"], second["dataset_name"]) == ("out/round1-negatives", "out/round2-negatives")
+        assert first["beta"] == second["beta"] == 0.3
+        assert first["dataset_test_split"] == "test"
+        assert not {"rounds", "train_rows", "eval_rows"} & set(first)
+
+    @pytest.mark.parametrize(
+        ("stage2", "message"),
+        [
+            ({"rounds": 0}, "`stage2.rounds`=0 must be a whole number of at least 1"),
+            ({"rounds": True}, "`stage2.rounds`=True must be"),
+            (
+                {"rounds": 2, "negative_selection": "lowest_reward"},
+                "`stage2.negative_selection`='lowest_reward' needs",
+            ),
+            ({"rounds": 2, "on_policy_chosen": True}, "`stage2.on_policy_chosen`=True needs reward functions"),
+        ],
+    )
+    def test_impossible_rounds(self, stage2, message):
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            recipe(stage2=stage2)
 
     def test_launch_options_reach_both_stages(self):
         made = recipe(launch={"accelerate_config": "zero3", "num_processes": 8})
@@ -181,7 +208,7 @@ class TestBuiltin:
         read = read_recipe(name)
         assert read["name"] == name
         assert len(read["description"]) > 20
-        for stage in ("stage1", "stage2"):
+        for stage in trainings_of(read):
             assert stage_options(read, stage, {})["output_dir"] == f"outputs/{name}/{stage}"
 
     def test_list_show_and_copy(self, tmp_path, capsys):

@@ -13,7 +13,8 @@ from trl_cwdpo.redaction import redacted
 
 DATA = "train.parquet"
 # In a hidden folder, so that whoever loads the dataset does not take them for tables
-JOURNAL, SUMMARY = ".generation/journal.jsonl", ".generation/summary.json"
+ASIDE = ".generation"
+JOURNAL, SUMMARY = f"{ASIDE}/journal.jsonl", f"{ASIDE}/summary.json"
 SAMPLES = List({"text": Value("string"), "avg_logp": Value("float64"), "reward": Value("float64")})
 
 
@@ -81,11 +82,7 @@ class Journal:
             `dict[str, Any]`: counts by source and reason.
         """
         entries = [self.entries[row] for row in range(len(dataset))]
-        # With the pictures themselves: rows that name files elsewhere are not read without trusting their folder
-        replaced = with_responses_of(dataset, entries).with_format("arrow").map(embed_table_storage, batched=True)
-        aside = self.path.with_name(f"{DATA}.partial")
-        replaced.to_parquet(str(aside))
-        aside.replace(self.folder / DATA)
+        write_rows(with_responses_of(dataset, entries), self.folder / DATA)
         counts: dict[str, int] = {}
         for entry in entries:
             kind = entry["source"] if entry.get("reason") is None else f"{entry['source']} ({entry['reason']})"
@@ -93,6 +90,22 @@ class Journal:
         summary = {"settings": self.settings, "rows": len(entries), "sources": counts}
         (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return summary
+
+
+def write_rows(dataset: Dataset, file: Path) -> None:
+    """
+    Write a dataset with the pictures themselves: rows that name files elsewhere are not read without trusting their
+    folder.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The rows.
+        file (`Path`):
+            A Parquet file, which is either complete or not there.
+    """
+    aside = file.parent / ASIDE / f"{file.name}.partial"
+    dataset.with_format("arrow").map(embed_table_storage, batched=True).to_parquet(str(aside))
+    aside.replace(file)
 
 
 def with_responses_of(dataset: Dataset, entries: list[dict[str, Any]]) -> Dataset:

@@ -25,8 +25,9 @@ from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.exit_codes import DONE, STOPPED_BY_RULE
 from trl_cwdpo.cli.fingerprints import data_fingerprint, digest_of, model_fingerprint
 from trl_cwdpo.cli.pipeline_plan import (
-    COMMANDS,
     CONFIG,
+    MERGE,
+    NEGATIVES,
     PROBES,
     RECORD,
     REPORT_NEEDS,
@@ -34,13 +35,17 @@ from trl_cwdpo.cli.pipeline_plan import (
     SPLIT,
     STAGE1,
     STAGE2,
-    TITLES,
     Layout,
+    command_of,
     dataset_options,
-    stage1_result,
+    result_of,
+    section_of,
     stage_options,
     start_model,
+    start_of,
     steps_of,
+    title_of,
+    trainings_of,
 )
 from trl_cwdpo.cli.pipeline_steps import LIFELINE, write_json
 from trl_cwdpo.cli.recipe import Recipe, make_recipe
@@ -66,6 +71,7 @@ class Pipeline:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.layout = Layout(recipe.output_dir)
+        self.trainings = trainings_of(recipe)
         self.durations: dict[str, float] = {}
 
     def run(self, *, overwrite: bool = False) -> int:
@@ -98,17 +104,17 @@ class Pipeline:
         if step == "check":
             self._write_stage_options()
             return self._start(step)
-        if step in COMMANDS:
+        if step in self.trainings:
             self._write_stage_options()
         inputs = self.inputs(step)
         known = _read_json(self.layout.state(step)) or {}
         self._refuse_changed_inputs(step, known.get("inputs"), inputs)
         if known.get("finished") and known.get("result") == self.result(step):
-            print(f"\n{TITLES[step]}: done before ({known['seconds']:.1f} s)")
+            print(f"\n{title_of(step)}: done before ({known['seconds']:.1f} s)")
             self.durations[step] = known["seconds"]
             return DONE
         # A stage says itself what it is
-        print("" if step in COMMANDS else f"\n{TITLES[step]}", flush=True)
+        print("" if step in self.trainings else f"\n{title_of(step)}", flush=True)
         write_json(self.layout.state(step), {"inputs": inputs, "finished": None})
         begin = time.monotonic()
         code = self._start(step)
@@ -133,32 +139,39 @@ class Pipeline:
             `dict[str, str]`: Digest by what it is of, as a message would name it.
         """
         recipe, layout = self.recipe, self.layout
-        if step == "merge":
-            return {"stage 1's result": model_fingerprint(str(layout / STAGE1))}
+        if step.startswith(MERGE):
+            return {"the adapter": model_fingerprint(str(layout / step.removeprefix(MERGE)))}
         data = {"the data": self._data_digest()} if step != "prepare" or self._has_data() else {}
         if step == "prepare":
             return data
         split = {**data, "the split": data_fingerprint(str(layout / SPLIT))}
         if step == "evaluate":
-            result = {"stage 2's result": model_fingerprint(str(layout / STAGE2))}
-            return {**split, "stage 1's result": model_fingerprint(stage1_result(recipe)), **result}
-        start = start_model(recipe) if step == STAGE1 else stage1_result(recipe)
-        options = _read_yaml(layout.stage_config(step))
-        return {**split, "the options": digest_of(options), "the model it starts from": model_fingerprint(start)}
+            results = {f"{name}'s result": model_fingerprint(result_of(recipe, name)) for name in self.trainings}
+            return {**split, **results}
+        training = step.removesuffix(NEGATIVES)
+        start = {"the model it starts from": model_fingerprint(start_of(recipe, training))}
+        if step.endswith(NEGATIVES):
+            return {**split, "the options": digest_of(recipe[section_of(training)]), **start}
+        options = stage_options(recipe, training, _read_json(layout / SPLIT) or {})
+        negatives = layout / f"{training}{NEGATIVES}"
+        made = {"the negatives": data_fingerprint(str(negatives))} if negatives.exists() else {}
+        return {**split, **made, "the options": digest_of(options), **start}
 
     def result(self, step: str) -> str:
         """A digest of what a step leaves behind; it tells whether that is still there."""
         layout = self.layout
-        if step in COMMANDS:
+        if step in self.trainings:
             return model_fingerprint(str(layout / step))
-        if step == "merge":
-            return model_fingerprint(stage1_result(self.recipe))
+        if step.startswith(MERGE):
+            return model_fingerprint(result_of(self.recipe, step.removeprefix(MERGE)))
+        if step.endswith(NEGATIVES):
+            return data_fingerprint(str(layout / step))
         if step == "evaluate":
             return str((layout / "evaluation.json").is_file())
         return f"{data_fingerprint(str(layout / SPLIT))} {model_fingerprint(start_model(self.recipe))}"
 
     def _data_digest(self) -> str:
-        names = [dataset_options(self.recipe, stage) for stage in COMMANDS]
+        names = [dataset_options(self.recipe, stage) for stage in (STAGE1, STAGE2)]
         return digest_of([data_fingerprint(str(options.get("dataset_name"))) for options in names] + names)
 
     def _has_data(self) -> bool:
@@ -169,7 +182,7 @@ class Pipeline:
         changed = [] if before is None else [name for name in now if before.get(name) != now[name]]
         if changed:
             raise CommandError(
-                f"{' and '.join(changed)} changed since {TITLES[step].split(':')[0].lower()!r} was begun in "
+                f"{' and '.join(changed)} changed since {title_of(step).split(':')[0].lower()!r} was begun in "
                 f"{self.layout.folder}. Put back what was there, start over with --overwrite, or use another folder "
                 "with --output_dir."
             )
@@ -178,9 +191,10 @@ class Pipeline:
         import yaml  # type: ignore[import-untyped, unused-ignore]
 
         split = _read_json(self.layout / SPLIT) or {}
-        for stage, command in COMMANDS.items():
+        for stage in self.trainings:
             text = yaml.safe_dump(stage_options(self.recipe, stage, split), sort_keys=False, allow_unicode=True)
-            header = f"# Written by `trl-cwdpo run`: this stage alone is `trl-cwdpo {command} --config` this file.\n"
+            alone = f"trl-cwdpo {command_of(stage)} --config"
+            header = f"# Written by `trl-cwdpo run`: this stage alone is `{alone}` this file.\n"
             self.layout.stage_config(stage).write_text(header + text, encoding="utf-8")
 
     def _claim(self, *, overwrite: bool) -> None:
@@ -247,7 +261,7 @@ class Pipeline:
 
     def _gather_probes(self) -> None:
         records = []
-        for stage in COMMANDS:
+        for stage in self.trainings:
             file = self.layout / stage / PROBES
             lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
             records += [json.dumps({"stage": stage, **json.loads(line)}) for line in lines]
@@ -270,13 +284,12 @@ class Pipeline:
                 "name": recipe["name"],
                 "seed": recipe["seed"],
                 "data": {
-                    "names": [dataset_options(recipe, stage).get("dataset_name") for stage in COMMANDS],
+                    "names": [dataset_options(recipe, stage).get("dataset_name") for stage in (STAGE1, STAGE2)],
                     "digest": self._data_digest(),
                 },
                 "models": {
                     "start": model_fingerprint(start_model(recipe)),
-                    STAGE1: model_fingerprint(stage1_result(recipe)),
-                    STAGE2: model_fingerprint(str(self.layout / STAGE2)),
+                    **{name: model_fingerprint(result_of(recipe, name)) for name in self.trainings},
                 },
                 "seconds": self.durations,
                 "versions": versions(),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_cwdpo.cli.demo import default_cache_dir
-from trl_cwdpo.cli.recipe import DATA, MODEL, SHAPES, Recipe
+from trl_cwdpo.cli.recipe import DATA, MODEL, ROUNDS, SHAPES, Recipe
 from trl_cwdpo.cli.train_options import PEFT
 
 CONFIG, SPLIT, EVALUATION, PROBES, REPORT, RECORD = (
@@ -17,20 +17,20 @@ CONFIG, SPLIT, EVALUATION, PROBES, REPORT, RECORD = (
     "run.json",
 )
 STAGE1, STAGE2, MERGED = "stage1", "stage2", "merged"
+# Folders of iterative rounds, `round1` and so on, and what a round's other steps are called after it
+ROUND, NEGATIVES, MERGE = "round", "-negatives", "merge-"
 # Written after all steps, anew each time
 REPORT_STEP = "report"
 REPORT_NEEDS = ("jinja2", "matplotlib", "plotly")
 STEPS_FOLDER = ".steps"
 # Keys of split.json
 HELD_OUT = "held_out"
-COMMANDS = {STAGE1: "sft", STAGE2: "cwdpo"}
 TITLES = {
     "prepare": "Data and split",
     STAGE1: "Stage 1: SFT with gentle negatives",
-    "merge": "Merge stage 1's adapter into the weights",
     STAGE2: "Stage 2: Cooling-Weighted DPO",
     "evaluate": "Evaluation on held-out pairs",
-    "report": "Report",
+    REPORT_STEP: "Report",
 }
 
 
@@ -62,7 +62,33 @@ class Layout:
     def owned(self) -> tuple[str, ...]:
         """Everything that a run writes to the folder."""
         stages = (STAGE1, STAGE2, f"{STAGE1}.yaml", f"{STAGE2}.yaml")
-        return (CONFIG, SPLIT, *stages, EVALUATION, PROBES, REPORT, RECORD, STEPS_FOLDER)
+        rounds = sorted(path.name for path in self.folder.glob(f"{ROUND}[1-9]*"))
+        return (CONFIG, SPLIT, *stages, *rounds, EVALUATION, PROBES, REPORT, RECORD, STEPS_FOLDER)
+
+
+def trainings_of(recipe: Recipe) -> tuple[str, ...]:
+    """
+    The trainings of a recipe, in order; each has a folder of its name.
+
+    Args:
+        recipe ([`Recipe`]):
+            The recipe.
+
+    Returns:
+        `tuple[str, ...]`: `"stage1"`, and `"stage2"` or, where there are `stage2.rounds`, `"round1"` and so on.
+    """
+    rounds = recipe[STAGE2][ROUNDS]
+    return (STAGE1, *((STAGE2,) if rounds is None else (f"{ROUND}{number + 1}" for number in range(rounds))))
+
+
+def section_of(training: str) -> str:
+    """The section of the recipe that a training takes its options from."""
+    return STAGE1 if training == STAGE1 else STAGE2
+
+
+def command_of(training: str) -> str:
+    """The command that a training is."""
+    return "sft" if training == STAGE1 else "cwdpo"
 
 
 def steps_of(recipe: Recipe) -> tuple[str, ...]:
@@ -74,10 +100,26 @@ def steps_of(recipe: Recipe) -> tuple[str, ...]:
             The recipe.
 
     Returns:
-        `tuple[str, ...]`: Keys of `TITLES`.
+        `tuple[str, ...]`: What [`title_of`] takes.
     """
-    merge = ("merge",) if recipe.hands_adapter_over == "merge" else ()
-    return ("prepare", STAGE1, *merge, STAGE2, "evaluate")
+    *earlier, last = trainings_of(recipe)
+    steps = ["prepare"]
+    for training in (*earlier, last):
+        if training.startswith(ROUND):
+            steps.append(training + NEGATIVES)
+        steps.append(training)
+        if training != last and recipe.hands_adapter_over == "merge":
+            steps.append(MERGE + training)
+    return (*steps, "evaluate")
+
+
+def title_of(step: str) -> str:
+    """A step's name for people."""
+    if step.endswith(NEGATIVES):
+        return f"Round {step.removeprefix(ROUND).removesuffix(NEGATIVES)}: negatives from the policy"
+    if step.startswith(MERGE):
+        return f"Merge the adapter of {step.removeprefix(MERGE)} into the weights"
+    return f"Round {step.removeprefix(ROUND)}: Cooling-Weighted DPO" if step.startswith(ROUND) else TITLES[step]
 
 
 def dataset_options(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -108,51 +150,65 @@ def start_model(recipe: Recipe) -> str:
     return str(shapes_model_folder(model[SHAPES])) if model[SHAPES] is not None else model["model_name_or_path"]
 
 
-def stage1_result(recipe: Recipe) -> str:
-    """The model that stage 2 starts from, and is compared with."""
-    folder = recipe.output_dir / STAGE1
-    return str(folder / MERGED if recipe.hands_adapter_over == "merge" else folder)
+def result_of(recipe: Recipe, training: str) -> str:
+    """The model that a training leaves, as the next one starts from it and the evaluation measures it."""
+    merged = recipe.hands_adapter_over == "merge" and training != trainings_of(recipe)[-1]
+    folder = recipe.output_dir / training
+    return str(folder / MERGED if merged else folder)
 
 
-def stage_options(recipe: Recipe, stage: str, split: dict[str, Any]) -> dict[str, Any]:
+def start_of(recipe: Recipe, training: str) -> str:
+    """The model that a training starts from, which is its reference too."""
+    trainings = trainings_of(recipe)
+    position = trainings.index(training)
+    return result_of(recipe, trainings[position - 1]) if position else start_model(recipe)
+
+
+def stage_options(recipe: Recipe, training: str, split: dict[str, Any]) -> dict[str, Any]:
     """
-    Every option of a stage, as its YAML file holds them.
+    Every option of a training, as its YAML file holds them.
 
     Args:
         recipe ([`Recipe`]):
             The recipe.
-        stage (`str`):
-            `"stage1"` or `"stage2"`.
+        training (`str`):
+            One of [`trainings_of`].
         split (`dict[str, Any]`):
             What `split.json` holds.
 
     Returns:
         `dict[str, Any]`.
     """
-    layout = Layout(recipe.output_dir)
+    layout, section = Layout(recipe.output_dir), section_of(training)
     model = {key: value for key, value in recipe["model"].items() if key not in MODEL}
-    if stage == STAGE2 and recipe.hands_adapter_over == "continue":
+    if section == STAGE2 and recipe.hands_adapter_over == "continue":
         # The adapter is part of the model that is started from
         model = {key: value for key, value in model.items() if not key.startswith(PEFT)}
-    rows: dict[str, Any] = {}
-    if stage in split:
-        rows["train_rows"] = f"{layout / SPLIT}:{stage}"
-    held_out = recipe["data"]["held_out"]
-    if isinstance(held_out, str):
-        rows["dataset_test_split"] = held_out
-    elif HELD_OUT in split and _shares_the_held_out_rows(recipe, stage):
-        rows["eval_rows"] = f"{layout / SPLIT}:{HELD_OUT}"
     return {
         **model,
-        "model_name_or_path": start_model(recipe) if stage == STAGE1 else stage1_result(recipe),
-        **dataset_options(recipe, stage),
-        **rows,
+        "model_name_or_path": start_of(recipe, training),
+        **_data_of(recipe, training, split),
         "seed": recipe["seed"],
         "resume_from_checkpoint": "auto",
         **recipe["launch"],
-        **recipe[stage],
-        "output_dir": str(layout / stage),
+        **{key: value for key, value in recipe[section].items() if key != ROUNDS},
+        "output_dir": str(layout / training),
     }
+
+
+def _data_of(recipe: Recipe, training: str, split: dict[str, Any]) -> dict[str, Any]:
+    layout, section = Layout(recipe.output_dir), section_of(training)
+    if training.startswith(ROUND):
+        return {"dataset_name": str(layout / f"{training}{NEGATIVES}"), "dataset_test_split": "test"}
+    rows: dict[str, Any] = {}
+    if section in split:
+        rows["train_rows"] = f"{layout / SPLIT}:{section}"
+    held_out = recipe["data"]["held_out"]
+    if isinstance(held_out, str):
+        rows["dataset_test_split"] = held_out
+    elif HELD_OUT in split and _shares_the_held_out_rows(recipe, section):
+        rows["eval_rows"] = f"{layout / SPLIT}:{HELD_OUT}"
+    return {**dataset_options(recipe, section), **rows}
 
 
 def shapes_data_folder(options: dict[str, Any]) -> Path:

@@ -16,19 +16,22 @@ from trl_cwdpo.cli.command_line import read_command_line
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.exit_codes import DONE, FAILED, of_signal
 from trl_cwdpo.cli.pipeline_plan import (
-    COMMANDS,
     EVALUATION,
     HELD_OUT,
+    MERGE,
+    NEGATIVES,
     REPORT,
     REPORT_STEP,
     SPLIT,
     STAGE1,
     STAGE2,
-    TITLES,
     Layout,
+    command_of,
     dataset_options,
-    stage1_result,
+    result_of,
     start_model,
+    title_of,
+    trainings_of,
 )
 from trl_cwdpo.cli.recipe import SHAPES, Recipe, make_recipe
 from trl_cwdpo.cli.terminal import quiet
@@ -54,13 +57,14 @@ def main(argv: Sequence[str]) -> int:
     step, folder = argv
     layout = Layout(Path(folder))
     try:
-        if step in COMMANDS:
+        recipe = read_config(layout)
+        if step in trainings_of(recipe):
             from trl_cwdpo.cli.train import train
 
-            return train(STAGES[COMMANDS[step]], ["--config", str(layout.stage_config(step))])
+            return train(STAGES[command_of(step)], ["--config", str(layout.stage_config(step))])
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         with quiet(bars=sys.stderr.isatty()):
-            said = STEPS[step](read_config(layout), layout)
+            said = _take(step, recipe, layout)
         print(said, end="", flush=True)
     except CommandError as error:
         print(f"{PROGRAM} run: error: {redacted(printable(str(error)))}", file=sys.stderr)
@@ -95,8 +99,9 @@ def check(recipe: Recipe, layout: Layout) -> str:
     """
     from trl_cwdpo.cli.train_arguments import parse
 
-    for stage, command in COMMANDS.items():
-        parse(STAGES[command], read_command_line(STAGES[command], ["--config", str(layout.stage_config(stage))]))
+    for training in trainings_of(recipe):
+        stage = STAGES[command_of(training)]
+        parse(stage, read_command_line(stage, ["--config", str(layout.stage_config(training))]))
     return ""
 
 
@@ -174,28 +179,52 @@ def split_rows(count: int, recipe: Recipe, *, other: int | None = None) -> dict[
     return {"seed": recipe["seed"], **lists}
 
 
-def merge(recipe: Recipe, layout: Layout) -> str:
+def merge(recipe: Recipe, layout: Layout, training: str) -> str:
     """
-    Merge stage 1's adapter into the weights of its base model, which is loaded without quantization for it.
+    Merge an adapter into the weights of its base model, which is loaded without quantization for it.
 
     Args:
         recipe ([`Recipe`]):
             The recipe.
         layout ([`Layout`]):
             The folder of the run.
+        training (`str`):
+            The training that has left the adapter.
 
     Returns:
         `str`: What to say of it.
     """
     from trl_cwdpo.upstream.models import load_model, load_processor
 
-    target = Path(stage1_result(recipe))
-    source = str(layout / STAGE1)
+    target = Path(result_of(recipe, training))
+    source = str(layout / training)
     trusts = {"trust_remote_code": bool(recipe[STAGE1].get("trust_remote_code", False))}
     model: Any = load_model(source, dtype=recipe["model"].get("dtype", "float32"), **trusts)
     model.merge_and_unload().save_pretrained(target)
     load_processor(source, **trusts).save_pretrained(target)
     return f"  {target}\n"
+
+
+def negatives(recipe: Recipe, layout: Layout, training: str) -> str:
+    """
+    Sample the negatives of a round from the model that it starts from, for stage 2's pairs.
+
+    Args:
+        recipe ([`Recipe`]):
+            The recipe.
+        layout ([`Layout`]):
+            The folder of the run.
+        training (`str`):
+            The round.
+
+    Returns:
+        `str`: What to say of it.
+    """
+    from trl_cwdpo.cli.pipeline_rounds import write_round
+
+    split = json.loads((layout / SPLIT).read_text(encoding="utf-8"))
+    pairs = _load_rows(recipe, STAGE2).select(split[STAGE2])
+    return write_round(recipe, training, pairs, _held_out(recipe, layout), layout / f"{training}{NEGATIVES}")
 
 
 def evaluate(recipe: Recipe, layout: Layout) -> str:
@@ -214,7 +243,7 @@ def evaluate(recipe: Recipe, layout: Layout) -> str:
     from trl_cwdpo.cli.pipeline_evaluation import evaluate_models
 
     rows = _held_out(recipe, layout)
-    models = {"start": start_model(recipe), STAGE1: stage1_result(recipe), STAGE2: str(layout / STAGE2)}
+    models = {"start": start_model(recipe)} | {name: result_of(recipe, name) for name in trainings_of(recipe)}
     result = evaluate_models(models, STAGE1, rows, recipe)
     write_json(layout / EVALUATION, result.to_dict())
     return f"{result.table()}\n"
@@ -237,17 +266,27 @@ def report(recipe: Recipe, layout: Layout) -> str:
         CommandError: If what the stages have recorded cannot be read.
     """
     from trl_cwdpo.report import judge, write_report
-    from trl_cwdpo.report.tracks import STAGES
 
     try:
         runs = write_report([layout.folder], layout / REPORT)
     except ValueError as error:
         raise CommandError(f"There is something wrong with what the stages have recorded: {error}") from error
-    lines = [f"  {STAGES[track.stage]}: {(verdict := judge(track)).title}. {verdict.advice}" for track in runs.tracks]
-    return "\n".join(["", TITLES[REPORT_STEP], *lines, ""])
+    lines = [
+        f"  {title_of(track.folder.name)}: {(verdict := judge(track)).title}. {verdict.advice}"
+        for track in runs.tracks
+    ]
+    return "\n".join(["", title_of(REPORT_STEP), *lines, ""])
 
 
-STEPS = {"check": check, "prepare": prepare, "merge": merge, "evaluate": evaluate, REPORT_STEP: report}
+STEPS = {"check": check, "prepare": prepare, "evaluate": evaluate, REPORT_STEP: report}
+
+
+def _take(step: str, recipe: Recipe, layout: Layout) -> str:
+    if step.startswith(MERGE):
+        return merge(recipe, layout, step.removeprefix(MERGE))
+    if step.endswith(NEGATIVES):
+        return negatives(recipe, layout, step.removesuffix(NEGATIVES))
+    return STEPS[step](recipe, layout)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (any JSON value)

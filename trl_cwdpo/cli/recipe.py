@@ -51,6 +51,12 @@ EVALUATION: dict[str, Any] = {
     # Rows a forward pass
     "batch_size": 8,
 }
+ROUNDS = "rounds"
+STAGE2: dict[str, Any] = {
+    # Iterative rounds: each samples negatives from the model so far, with the `negative_*` options, then trains on
+    # them with that model as the reference. By default stage 2 is trained once, on the dataset's own negatives.
+    ROUNDS: None,
+}
 SHAPES_DATA: dict[str, Any] = {"num_train": 2000, "num_test": 500, "seed": 0}
 SHAPES_MODEL: dict[str, Any] = {"steps": 800, "num_scenes": 20000, "seed": 0}
 TOP: dict[str, Any] = {"name": None, "description": "", "output_dir": None, "seed": 42}
@@ -188,11 +194,11 @@ def known_keys(section: str) -> tuple[str, ...]:
         return (*own, *model)
     elsewhere = {*model, *(option.name for option in groups["data"])}
     stage = first if section == "stage1" else second
-    return tuple(name for name in training_options(stage) if name not in elsewhere)
+    return own + tuple(name for name in training_options(stage) if name not in elsewhere)
 
 
 def _own(section: str) -> dict[str, Any]:
-    return {"data": DATA, "model": MODEL, "evaluation": EVALUATION}.get(section, {})
+    return {"data": DATA, "model": MODEL, "stage2": STAGE2, "evaluation": EVALUATION}.get(section, {})
 
 
 def _values(name: str) -> Any:  # noqa: ANN401 (any YAML value)
@@ -249,6 +255,7 @@ def _check(values: dict[str, Any]) -> None:
     _check_rows(data)
     if model["lora_handover"] not in HANDOVERS:
         raise RecipeError(f"`model.lora_handover`={model['lora_handover']!r} must be one of {', '.join(HANDOVERS)}.")
+    _check_rounds(values["stage2"])
     for key in EVALUATION:
         if not _is_number(values["evaluation"][key]) or values["evaluation"][key] < 1:
             raise RecipeError(f"`evaluation.{key}`={values['evaluation'][key]!r} must be a number of at least 1.")
@@ -282,6 +289,21 @@ def _check_rows(data: dict[str, Any]) -> None:
     if not isinstance(data["stage2"], Mapping) or not data["stage2"].get("dataset_name"):
         raise RecipeError(f"`data.stage2`={data['stage2']!r} must hold the data options of stage 2: `dataset_name`, …")
     _refuse_unknown("data.stage2.", data["stage2"], [key for key in known_keys("data") if key not in DATA])
+
+
+def _check_rounds(stage2: dict[str, Any]) -> None:
+    rounds = stage2[ROUNDS]
+    if rounds is None:
+        return
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise RecipeError(f"`stage2.{ROUNDS}`={rounds!r} must be a whole number of at least 1.")
+    # Their scores come from functions, which a recipe cannot name
+    for key, scored in (("negative_selection", "lowest_reward"), ("on_policy_chosen", True)):
+        if stage2.get(key) == scored:
+            raise RecipeError(
+                f"`stage2.{key}`={scored!r} needs reward functions, which rounds do not have. Make the data of a "
+                "round with `trl-cwdpo generate-negatives --reward_funcs` and train on them with `trl-cwdpo cwdpo`."
+            )
 
 
 def _fill_shapes(section: dict[str, Any], name: str, defaults: dict[str, Any], others: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_cwdpo.cli.exit_codes import DONE, EXPLANATION, FAILED, USAGE
-from trl_cwdpo.cli.pipeline_plan import TITLES, stage_options, steps_of
+from trl_cwdpo.cli.pipeline_plan import stage_options, steps_of, title_of, trainings_of
 from trl_cwdpo.cli.recipe import (
     DATA,
     EVALUATION,
@@ -70,8 +70,8 @@ def describe(recipe: Recipe) -> str:
 
     lines = [f"{recipe['name']}, in {recipe.output_dir}", ""]
     for number, step in enumerate(steps_of(recipe), start=1):
-        lines.append(f"{number}. {TITLES[step]}")
-        if step in ("stage1", "stage2"):
+        lines.append(f"{number}. {title_of(step)}")
+        if step in trainings_of(recipe):
             written = yaml.safe_dump(stage_options(recipe, step, {}), sort_keys=False, allow_unicode=True)
             lines += [f"     {line}" for line in written.splitlines()]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from trl_cwdpo.probe_measures import gradient_spikes
 from trl_cwdpo.probe_records import RECORDS_FILE, ProbeRecord, read_records
 
 STAGES = {"stage1": "Stage 1: supervised finetuning", "stage2": "Stage 2: preference optimization"}
+ROUND = re.compile(r"round([1-9]\d*)")
 ROWS_FILE, STATE_FILE, RUN_FILE, EVALUATION_FILE, RECIPE_FILE = (
     "probe_rows.json",
     "trainer_state.json",
@@ -156,9 +158,18 @@ def _no_run(path: Path) -> str:
 def _read_folder(path: Path, name: str) -> list[Track]:
     if not path.is_dir():
         return []
-    stages = [stage for stage in STAGES if _has_run(path / stage)]
-    if stages:
-        return [replace(_read_track(path / stage, name), stage=stage) for stage in stages]
+    rounds = sorted(int(found[1]) for folder in path.iterdir() if (found := ROUND.fullmatch(folder.name)))
+    # Iterative rounds of stage 2 are drawn beside one another
+    folders = {stage: (stage, name) for stage in STAGES} | {
+        f"round{number}": ("stage2", f"{name}, round {number}") for number in rounds
+    }
+    tracks = [
+        replace(_read_track(path / folder, label), stage=stage)
+        for folder, (stage, label) in folders.items()
+        if _has_run(path / folder)
+    ]
+    if tracks:
+        return tracks
     return [_read_track(path, name)] if _has_run(path) else []
 
 
