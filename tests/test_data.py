@@ -436,6 +436,15 @@ def test_rows_are_not_changed_by_a_collator_that_changes_them():
 # --- the chosen half -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pairs", [1, 2, 3])
+def test_one_side_keeps_what_there_is_once_a_pair(pairs):
+    inputs = {"input_ids": torch.arange(2 * pairs).view(-1, 1), "ref_chosen_logps": torch.arange(pairs)}
+    for index, side in enumerate(("chosen", "rejected")):
+        half = one_side(inputs, side)
+        assert half["input_ids"].flatten().tolist() == list(range(index * pairs, (index + 1) * pairs))
+        assert half["ref_chosen_logps"].tolist() == list(range(pairs))
+
+
 def test_one_side_takes_the_first_half_of_rows_and_of_patches():
     inputs = {
         "input_ids": torch.arange(12).view(4, 3),

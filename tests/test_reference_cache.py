@@ -503,3 +503,12 @@ def test_datasets_of_another_kind_are_refused(text_model, tmp_path):
     with pytest.raises(ReferenceCacheError, match="is a list"):
         trainer.reference_cache.cover([1], "eval")
     assert isinstance(trainer.train_dataset, Dataset)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_calibration_takes_batches_of_any_size(batch_size, text_model, tmp_path):
+    options = tiny.training_options(tmp_path / "out", max_steps=1, per_device_train_batch_size=batch_size)
+    args = CWDPOConfig(**options, reference_cache_dir=str(tmp_path / "cache"), cooling_calibration_size=4)
+    trainer = CWDPOTrainer(text_model, args=args, train_dataset=tiny.pairs(8))
+    trainer.train()
+    assert trainer.calibration.sample_size == 4

@@ -345,8 +345,7 @@ def one_side(
 
     Args:
         inputs (`dict` of tensors with `2B` rows):
-            Batch of a preference collator. Pictures are there twice, so half of their rows or patches belong to it,
-            unless `pictures_once` says otherwise.
+            Batch of a preference collator. Half of the rows or patches of pictures, too, unless they are there once.
         side (`str`):
             `"chosen"` or `"rejected"`.
         trim_to_multiple_of (`int`, *optional*):
@@ -355,10 +354,11 @@ def one_side(
     Returns:
         `dict` of tensors with `B` rows.
     """
-    index = ("chosen", "rejected").index(side)
-    once = {key for key in inputs if is_of_pictures(key)} if MARK in inputs else set()
+    index = REQUIRED_COLUMNS.index(side)
+    # One row for each pair: references, and pictures that are there once
+    whole = {key for key in inputs if key.startswith("ref_") or (MARK in inputs and is_of_pictures(key))}
     half = {
-        key: value.chunk(2)[index] if torch.is_tensor(value) and key not in once else value
+        key: value.chunk(2)[index] if torch.is_tensor(value) and key not in whole else value
         for key, value in inputs.items()
         if key != MARK
     }

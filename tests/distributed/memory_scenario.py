@@ -1,0 +1,95 @@
+"""What a process really holds: bytes of weights, gradients and optimizer after a batch; called on an engine.
+
+`memory_scenario.py MODEL OUTPUT`; process r writes `OUTPUT/rank<r>.json`, with what each precision takes.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import engines
+import tiny
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from trl_cwdpo import CWDPOConfig, CWDPOTrainer
+
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def local(tensor):
+    """The part of a tensor that is on this process."""
+    tensor = getattr(tensor, "ds_tensor", tensor)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def size(tensors):
+    """Bytes of different storages."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def everything():
+    """All tensors of this process, shards within others included."""
+    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    return [local(tensor) for tensor in found if not tensor.is_meta]
+
+
+def optimizer_state(optimizer):
+    """Moments, and the float32 copy of the weights where DeepSpeed keeps one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    return [local(value) for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
+
+
+class Weigh(TrainerCallback):
+    """Weighs between two batches of a step, when gradients are there and activations are not."""
+
+    def __init__(self, trainer):
+        self.trainer, self.found = trainer, {}
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step != 1:
+            return
+        gc.collect()
+        model = self.trainer.model
+        self.found = {
+            "parameters": size([local(parameter) for parameter in model.parameters()]),
+            "moments": size(optimizer_state(self.trainer.optimizer)),
+            "all": size(everything()),
+        }
+
+
+def weigh(model, output, precision, engine):
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 2}
+    options |= {"bf16": precision == "bf16", "reference_cache_dir": str(output / f"cache-{precision}"), "max_length": 16}
+    args = CWDPOConfig(**tiny.training_options(output, **options, **engine.options), cooling_mode="gate")
+    before = size(everything())
+    trainer = CWDPOTrainer(model, args=args, train_dataset=tiny.pairs(16))
+    scale = Weigh(trainer)
+    trainer.add_callback(scale)
+    trainer.train()
+    identity = engines.identity(trainer)
+    assert identity == engines.expected_identity(engine, reference=False), identity
+    return {**scale.found, "all": scale.found["all"] - before}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ENGINE = engines.this_engine()
+    MODEL, OUTPUT, *PRECISIONS = sys.argv[1:]
+    results = {}
+    for name in PRECISIONS:
+        results[name] = weigh(MODEL, Path(OUTPUT), name, ENGINE)
+        engines.forget_settings()
+    Path(OUTPUT, f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
