@@ -70,7 +70,11 @@ class Weigh(TrainerCallback):
 
 def weigh(model, output, precision, engine):
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 2}
-    options |= {"bf16": precision == "bf16", "reference_cache_dir": str(output / f"cache-{precision}"), "max_length": 16}
+    options |= {
+        "bf16": precision == "bf16",
+        "reference_cache_dir": str(output / f"cache-{precision}"),
+        "max_length": 16,
+    }
     args = CWDPOConfig(**tiny.training_options(output, **options, **engine.options), cooling_mode="gate")
     before = size(everything())
     trainer = CWDPOTrainer(model, args=args, train_dataset=tiny.pairs(16))
