@@ -76,6 +76,38 @@ def test_weights_saved_under_other_names(
         assert torch.equal(weight, again.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(("trainer_class", "config_class", "options"), STAGES, ids=["stage 1", "stage 2"])
+def test_adapters_keep_their_type(trainer_class, config_class, options, text_model, tmp_path):
+    """On quantised weights TRL trains adapters in bfloat16; PEFT loads them in float32."""
+
+    def train(resume_from=None, **best):
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **best}
+        torch.manual_seed(0)
+        trainer = trainer_class(
+            model=text_model,
+            args=config_class(**tiny.training_options(tmp_path / "out", **settings, **options)),
+            train_dataset=tiny.pairs(24),
+            eval_dataset=tiny.pairs(4, seed=1),
+            peft_config=LORA,
+        )
+        for value in trained(trainer).values():
+            value.data = value.data.to(torch.bfloat16)
+        trainer.train(resume_from_checkpoint=resume_from)
+        return trainer
+
+    def trained(trainer):
+        return {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+
+    whole, again = train(), train(str(tmp_path / "out" / "checkpoint-2"))
+    best = train(load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
+    for run in (whole, again, best):
+        assert {value.dtype for value in trained(run).values()} == {torch.bfloat16}
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(again)[name]), name
+    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (whole, again)]
+    assert losses[0] == losses[1]
+
+
 def test_the_best_weights_are_restored(vision_model, vision_pairs, tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "max_length": None, "learning_rate": 0.05}
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}

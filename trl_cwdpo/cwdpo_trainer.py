@@ -44,6 +44,7 @@ from .run_state import KeptTokenCount, RunState
 from .safe_runs import SafeRuns
 from .shared_prefix import SharesPrefixes
 from .upstream import processors, reference
+from .upstream.quantized import keep_trainable
 from .upstream.resuming import FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
 
@@ -155,6 +156,7 @@ class CWDPOTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinished, DPOTraine
                 peft_config=peft_config,
             )
         prepare_for_sharding(upstream.inner_model(self))
+        keep_trainable(self.model, self.ref_model)
         if data_collator is None:
             drop_overlong_pairs(self)
         collator = processors.collator_for_responses(self.data_collator)

@@ -39,6 +39,7 @@ from .row_errors import checked_datasets, prepared_rows
 from .run_state import KeptTokenCount, RunState
 from .safe_runs import SafeRuns
 from .shared_prefix import SharesPrefixes
+from .upstream.quantized import keep_trainable
 from .upstream.resuming import FinishedRunStaysFinished
 from .upstream.sharding import prepare_for_sharding
 
@@ -127,6 +128,7 @@ class GentleNegativeSFTTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinishe
         )
         self._refuse_sequence_parallelism()
         prepare_for_sharding(upstream.inner_model(self))
+        keep_trainable(self.model)
         if data_collator is None:
             drop_overlong_pairs(self)
         self._adapt(data_collator)

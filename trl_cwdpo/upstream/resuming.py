@@ -16,6 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from trl_cwdpo.checkpoints import CheckpointError, broken_checkpoints, checkpoint_to_resume, last_checkpoint
 
+from .quantized import kept_dtypes
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +42,8 @@ class FinishedRunStaysFinished:
 
 class LoadsWhatWasSaved:
     """
-    Mixin for a [`~transformers.Trainer`]: a checkpoint is loaded under the names that it was saved with.
+    Mixin for a [`~transformers.Trainer`]: a checkpoint is loaded under the names that it was saved with, and what is
+    trained keeps its type.
 
     `save_pretrained` writes weights under the names of an architecture's published checkpoints, which are not those of
     the modules for many vision-language models and mixtures of experts. `Trainer` looks for the modules' names only,
@@ -55,13 +58,16 @@ class LoadsWhatWasSaved:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
         parent: Any = super()
-        if not self._load_renamed(resume_from_checkpoint, self.model if model is None else model):
-            parent._load_from_checkpoint(resume_from_checkpoint, model)
+        target = self.model if model is None else model
+        with kept_dtypes(target):
+            if not self._load_renamed(resume_from_checkpoint, target):
+                parent._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         parent: Any = super()
-        if not self._load_renamed(self.state.best_model_checkpoint, self.model):
-            parent._load_best_model()
+        with kept_dtypes(self.model):
+            if not self._load_renamed(self.state.best_model_checkpoint, self.model):
+                parent._load_best_model()
 
     def _load_renamed(self, folder: str, model: Any) -> bool:  # noqa: ANN401 (a model of transformers)
         # Sharded runs and adapters keep the names of the modules

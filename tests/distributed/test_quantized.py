@@ -1,0 +1,134 @@
+"""Adapters on nf4 and int8 weights: both stages train, and continue from a checkpoint as if nothing had happened."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+import quantized
+
+from trl_cwdpo.upstream.quantized import keep_trainable
+
+# Looked for, not imported: the import takes its time
+pytestmark = pytest.mark.skipif(
+    not quantized.bitsandbytes_is_installed(), reason="bitsandbytes (the extra `quantization`) is not installed"
+)
+FROZEN = {"nf4": "Params4bit", "int8": "Int8Params"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """As wide as a block of 4-bit weights."""
+    return tiny.save_text_model(tmp_path_factory.mktemp("model"), hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def two(model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.run(
+        [*command, quantized.__file__, model, str(output), *quantized.RUNS],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    files = {name: [output / f"{name}-rank{rank}.json" for rank in range(2)] for name in quantized.RUNS}
+    missing = [file.name for pair in files.values() for file in pair if not file.exists()]
+    assert not missing, f"{missing}\n{process.stderr[-6000:]}"
+    return {name: [json.loads(file.read_text()) for file in pair] for name, pair in files.items()}
+
+
+def assert_continued_exactly(name, result):
+    whole, resumed = result["whole"], result["resumed"]
+    assert result["moved"]
+    assert FROZEN[name.split(", ")[1]] in whole["frozen"]
+    assert whole["dtypes"] == resumed["dtypes"] == ["torch.bfloat16"]
+    assert len([entry for entry in whole["log"] if "loss" in entry]) == quantized.STEPS
+    assert resumed["log"] == whole["log"]
+    assert resumed["weights"] == whole["weights"]
+
+
+@pytest.mark.parametrize("name", quantized.RUNS)
+def test_one_process(model, tmp_path, name):
+    assert_continued_exactly(name, quantized.run(name, model, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", quantized.RUNS)
+def test_two_processes(two, name):
+    first, second = two[name]
+    for result in (first, second):
+        assert (result["whole"]["world_size"], result["whole"]["backend"]) == (2, "gloo")
+        assert_continued_exactly(name, result)
+    assert first["whole"]["weights"] == second["whole"]["weights"]
+
+
+@pytest.mark.parametrize("form", quantized.FORMATS)
+def test_gradients_are_those_of_the_same_weights_in_float32(model, tmp_path, form):
+    """Also after an evaluation, for which bitsandbytes would pack 4-bit weights where the processor can."""
+    trainer = quantized.build(f"stage 1, {form}", model, tmp_path)
+    ours = trainer.model
+    settings = BitsAndBytesConfig(**quantized.FORMATS[form])
+    plain = AutoModelForCausalLM.from_pretrained(model, quantization_config=settings).dequantize().float()
+    theirs = get_peft_model(plain, quantized.ADAPTER)
+    torch.manual_seed(1)
+    for (name, mine), (other, value) in zip(trained(ours).items(), trained(theirs).items(), strict=True):
+        assert name == other
+        start = torch.randn_like(value) / 10
+        mine.data.copy_(start)
+        value.data.copy_(mine)  # rounded to bfloat16
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def gradients(network):
+        network.eval()
+        with torch.no_grad():
+            network(**batch)
+        # Dropout stays off; in training mode bitsandbytes does not round what goes into 8-bit weights on CPU
+        network.train()
+        for module in network.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+        network(**batch).logits.float().logsumexp(-1).sum().backward()
+        return {name: value.grad.double().flatten() for name, value in trained(network).items()}
+
+    for (name, mine), value in zip(gradients(ours).items(), gradients(theirs).values(), strict=True):
+        assert float(value.norm()) > 1e-3, name
+        # Of bfloat16 the gradients of the adapters are rounded, and those of int8 weights come from float16
+        assert float((mine - value).norm() / value.norm()) < 0.02, name
+
+
+def trained(network):
+    return {name: value for name, value in network.named_parameters() if value.requires_grad}
+
+
+def test_weights_packed_for_inference_are_refused(model):
+    import bitsandbytes
+
+    if not bitsandbytes.functional.has_avx512bf16():
+        pytest.skip("this processor has no AVX512-BF16")
+    settings = BitsAndBytesConfig(**quantized.FORMATS["nf4"])
+    network = AutoModelForCausalLM.from_pretrained(model, quantization_config=settings)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    ids = torch.arange(6).view(1, 6)
+    with torch.no_grad():
+        exact = network.train()(input_ids=ids).logits
+        network.eval()(input_ids=ids)
+    with pytest.raises(ValueError, match="packed for inference"):
+        keep_trainable(network)
+    network = AutoModelForCausalLM.from_pretrained(model, quantization_config=settings)
+    keep_trainable(network)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(input_ids=ids).logits, exact)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
