@@ -26,6 +26,7 @@ from .reference_keys import KEY_BYTES, RowKeys, ingredients
 from .reference_store import ReferenceCacheError, ReferenceStore, ReferenceTable
 from .upstream import is_peft_model
 from .upstream import reference as upstream
+from .upstream.quantized import rounds_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,12 @@ class ReferenceCache:
     ) -> None:
         self.trainer, self.accelerator = trainer, trainer.accelerator
         self.kept_reference = kept_reference
+        if any(rounds_inputs(model) for model in (trainer.model, trainer.ref_model, kept_reference)):
+            raise ReferenceCacheError(
+                "`reference_cache_dir` cannot be used with `load_in_8bit=True`: 8-bit weights round what they are "
+                "multiplied with by the other rows of a batch, so that a stored log-probability is not the one of "
+                "training. Leave the cache out (an adapter's reference keeps no second model), or use `load_in_4bit`."
+            )
         keys_of = RowKeys(
             vision=trainer._is_vision_dataset, whole_row=custom_collator, paired=trainer.ld_alpha is not None
         )

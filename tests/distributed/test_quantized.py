@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 sys.path.insert(0, str(Path(__file__).parent))
 import quantized
 
+from trl_cwdpo.reference_store import ReferenceCacheError
 from trl_cwdpo.upstream.quantized import keep_trainable
 
 # Looked for, not imported: the import takes its time
@@ -132,3 +133,33 @@ def test_weights_packed_for_inference_are_refused(model):
     with torch.no_grad():
         assert torch.equal(network.eval()(input_ids=ids).logits, exact)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_reference_cache_is_for_weights_that_give_the_same_twice(model, tmp_path):
+    cache = {"reference_cache_dir": str(tmp_path / "cache"), "max_steps": 2}
+    with pytest.raises(ReferenceCacheError, match="load_in_8bit"):
+        quantized.build("stage 2, int8", model, tmp_path, **cache)
+    losses = []
+    for settings in ({"max_steps": 2}, cache, cache):
+        trainer = quantized.build("stage 2, nf4", model, tmp_path, **settings)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("form", quantized.FORMATS)
+def test_negatives_are_sampled_from_quantised_weights(model, tmp_path, form):
+    sampled = {"dataset_negative_fraction": 0.0, "negative_max_completion_length": 6, "max_steps": 2}
+    trainer = quantized.build(f"stage 2, {form}", model, tmp_path, **sampled)
+    trainer.train()
+    assert [entry["negatives/on_policy_fraction"] for entry in trainer.state.log_history if "loss" in entry] == [1, 1]
+
+
+@pytest.mark.parametrize(("form", "is_the_same"), [("nf4", True), ("int8", False)])
+def test_where_evaluation_computes_as_training_does(model, tmp_path, form, is_the_same):
+    """bitsandbytes on CPU; the documentation says so."""
+    network = quantized.build(f"stage 1, {form}", model, tmp_path).model
+    ids = torch.arange(6).view(1, 6)
+    with network.disable_adapter(), torch.no_grad():
+        outputs = [network.train(mode)(input_ids=ids).logits for mode in (True, False)]
+    assert torch.equal(*outputs) is is_the_same

@@ -2,6 +2,8 @@
 
 - TRL makes the adapters of a quantised model bfloat16; PEFT's `load_adapter`, with which transformers resumes, makes
   them float32 again, and the losses after a resume are others.
+- int8 weights multiply what was rounded to 8 bits, but for columns where any row of the batch has an outlier: results
+  depend on the batch. On CPU they do so in evaluation mode only.
 - On a CPU with AVX512-BF16, the first forward without gradients in evaluation mode packs 4-bit weights for inference.
   That rounds their scales, and the packed weights have no backward: whatever is trained below them stands still.
 """
@@ -12,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["kept_dtypes", "keep_trainable"]
+__all__ = ["keep_trainable", "kept_dtypes", "rounds_inputs"]
 
 
 def keep_trainable(*models: nn.Module | None) -> None:
@@ -56,3 +58,14 @@ def kept_dtypes(model: nn.Module) -> Iterator[None]:
         for name, value in model.named_parameters():
             if name in dtypes and value.dtype != dtypes[name]:
                 value.data = value.data.to(dtypes[name])
+
+
+def rounds_inputs(model: nn.Module | None) -> bool:
+    """
+    Whether a row's output depends on the other rows of its batch, as with int8 weights.
+
+    Args:
+        model (`nn.Module`, *optional*):
+            The model, with or without PEFT's wrapper.
+    """
+    return bool(getattr(model, "is_loaded_in_8bit", False))
