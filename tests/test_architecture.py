@@ -54,7 +54,9 @@ LAYERS: tuple[frozenset[str], ...] = (
             "upstream",
         }
     ),
-    frozenset({"cwdpo_config", "gentle_negative_sft_config", "probe_rows", "reference_keys", "signals"}),
+    frozenset(
+        {"cwdpo_config", "gentle_negative_sft_config", "probe_rows", "reference_keys", "shared_prefix", "signals"}
+    ),
     # What the trainers are put together from.
     frozenset(
         {
@@ -68,7 +70,6 @@ LAYERS: tuple[frozenset[str], ...] = (
             "probe_summary",
             "reference_cache",
             "run_state",
-            "shared_prefix",
         }
     ),
     # What trainers add to themselves.

@@ -345,9 +345,10 @@ class Interval:
 
 
 @lru_cache(maxsize=8)
-def _picks(seed: int, samples: int, size: int) -> np.ndarray:
-    # A probe draws the same ones for each of its quantities
-    return np.random.default_rng(seed).integers(0, size, size=(samples, size))
+def _shares(seed: int, samples: int, size: int) -> np.ndarray:
+    # Of each row in each resample. A probe draws the same ones for each of its quantities
+    picks = np.random.default_rng(seed).integers(0, size, size=(samples, size)) + size * np.arange(samples)[:, None]
+    return np.bincount(picks.ravel(), minlength=samples * size).reshape(samples, size) / size
 
 
 def bootstrap(
@@ -374,9 +375,8 @@ def bootstrap(
     """
     values = np.asarray(values, dtype=float)
     is_small = samples * values.size <= KEPT_PICKS
-    picks = (_picks if is_small else _picks.__wrapped__)(seed, samples, values.size)
-    means = values[picks].mean(axis=1)
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    shares = (_shares if is_small else _shares.__wrapped__)(seed, samples, values.size)
+    low, high = np.quantile(shares @ values, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Interval(float(values.mean()), float(low), float(high))
 
 

@@ -1,20 +1,31 @@
 """The forward passes of one probe: for every row and response family, sums over the response's tokens."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import DistributedType, gather_object
 from transformers import PreTrainedModel
 
 from . import probe_measures, upstream
+from .pictures_once import TEXT_TENSORS
+from .prefix_layout import IGNORED, find_layout
 from .probe_measures import OutputHead, TokenStatistics
 from .probe_rows import ProbeRows
+from .shared_prefix import WORTHWHILE, SharedPrefix, relative_cost, row_inputs, row_obstacle
 from .upstream import picture_features as features_of
+from .upstream.shared_prefix import scored_places
+
+logger = logging.getLogger(__name__)
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+# Hidden states, and the head that reads them
+States = tuple[torch.Tensor, OutputHead]
+Scored = tuple[TokenStatistics, States]
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,163 @@ class Reference:
             self.forward(inputs)
 
 
+class PromptSharing:
+    """
+    Whether two families of a batch may be computed with one prompt, as the trainer's fast path does with pairs.
+
+    The first batch is computed both ways. Where they disagree, or one row for both cannot be run, every family has
+    rows of its own from then on. Each process decides for itself: no forward pass here waits for another process.
+
+    Args:
+        shared_prefix ([`~trl_cwdpo.shared_prefix.SharedPrefix`]):
+            The trainer's, which allows it.
+    """
+
+    def __init__(self, shared_prefix: SharedPrefix) -> None:
+        self.shared_prefix = shared_prefix
+        # By the id of a model without wrappers
+        self.verdicts: dict[int, bool] = {}
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        together: Callable[[], list[Scored] | None],
+        usual: Callable[[], list[Scored]],
+    ) -> list[Scored]:
+        """
+        Score two families.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                Policy or reference, without wrappers.
+            together (`Callable`):
+                Scores them with one prompt; returns nothing where a batch does not allow it.
+            usual (`Callable`):
+                Scores each with its own.
+
+        Returns:
+            `list`: Of each, its statistics, and the hidden states and head that they come from.
+        """
+        verdict = self.verdicts.get(id(model))
+        if verdict is not None:
+            return (together() if verdict else None) or usual()
+        expected = usual()
+        try:
+            found = together()
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            logger.debug("Probes compute every response with its own prompt: %s", error)
+            self.verdicts[id(model)] = False
+            return expected
+        if found is None:
+            return expected
+        pairs = zip(found, expected, strict=True)
+        differences = torch.cat([(ours.logp - theirs.logp).abs() for (ours, _), (theirs, _) in pairs])
+        self.verdicts[id(model)] = differences.double().mean().item() <= self.shared_prefix.tolerance(model)
+        return found if self.verdicts[id(model)] else expected
+
+
+@dataclass(frozen=True)
+class _Responses:
+    """One family of a batch: the inputs of its forward pass, and the tokens that are scored."""
+
+    kwargs: dict[str, Any]
+    # Of shape (B, T): the tokens of the responses, IGNORED elsewhere
+    labels: torch.Tensor
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> "_Responses":
+        labels = inputs["input_ids"].masked_fill(~inputs["completion_mask"].bool(), IGNORED)
+        return cls(
+            {key: value for key, value in inputs.items() if key != "completion_mask"} | {"use_cache": False}, labels
+        )
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Places that predict a token of the response, of shape `(B, T - 1)`."""
+        return self.labels[:, 1:] != IGNORED
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """These tokens, of shape `(N,)`."""
+        return self.labels[:, 1:][self.mask]
+
+    def pick(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states that predict them."""
+        mask = self.mask.to(hidden.device)
+        # Virtual tokens of prompt learning come first, the real ones are the last
+        return hidden[:, -mask.size(1) - 1 :][:, :-1][mask]
+
+    def with_features(self, features: Any) -> "_Responses":  # noqa: ANN401 (the model's output class)
+        """With the features of pictures, if there are any, in place of the pictures."""
+        if features is None:
+            return self
+        kwargs = {name: value for name, value in self.kwargs.items() if name != "pixel_values"}
+        return replace(self, kwargs={**kwargs, "mm_encoder_outputs": {"image": features}})
+
+
+def _both(responses: Sequence[_Responses]) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any]]:
+    """Two families as a batch of pairs: what is said of tokens, labels, and the rest, which is the same for both."""
+    width = max(each.labels.size(1) for each in responses)
+
+    def joined(tensors: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
+        return torch.cat([F.pad(tensor, (0, width - tensor.size(1)), value=padding) for tensor in tensors])
+
+    first = responses[0].kwargs
+    text = {name: joined([each.kwargs[name] for each in responses], 0) for name in TEXT_TENSORS & first.keys()}
+    labels = joined([each.labels for each in responses], IGNORED)
+    return text, labels, {name: value for name, value in first.items() if name not in text}
+
+
+def _each(
+    model: PreTrainedModel,
+    run: Callable[[dict[str, Any]], Any],
+    responses: _Responses,
+    against: States | None,
+    *,
+    copy: bool,
+) -> Scored:
+    seen: list[Scored] = []
+
+    def score(hidden: torch.Tensor, head: OutputHead) -> None:
+        hidden = responses.pick(hidden)
+        targets = responses.targets.to(hidden.device)
+        seen.append((probe_measures.token_statistics(hidden, targets, head, against), (hidden, head)))
+
+    with upstream.scoring_forward(model, score, copy_head=copy):
+        run(responses.kwargs)
+    return seen.pop()
+
+
+def _together(
+    model: PreTrainedModel,
+    run: Callable[[dict[str, Any]], Any],
+    responses: Sequence[_Responses],
+    against: Sequence[States | None],
+) -> list[Scored] | None:
+    """Two families in one forward pass with one row for both, or nothing where that cannot be or does not pay."""
+    text, labels, others = _both(responses)
+    if row_obstacle(model, {**text, **others}) is not None:
+        return None
+    layout = find_layout(text["input_ids"], text["attention_mask"], labels)
+    if isinstance(layout, str) or relative_cost(model, layout) > WORTHWHILE:
+        return None
+    places = layout.labels(labels)[:, 1:]
+    seen: list[Scored] = []
+
+    def score(hidden: torch.Tensor, head: OutputHead) -> None:
+        halves = zip(hidden[:, :-1].chunk(2), places.to(hidden.device).chunk(2), against, strict=True)
+        for states, targets, given in halves:
+            is_token = targets != IGNORED
+            picked = states[is_token]
+            statistics = probe_measures.token_statistics(picked, targets[is_token], head, given)
+            seen.append((statistics, (picked, head)))
+
+    rows = row_inputs(model, layout, text, others)
+    with upstream.scoring_forward(model, score), scored_places(model, layout.scored_index):
+        run(rows)
+    return seen
+
+
 class Passes:
     """
     The forward passes of one probe.
@@ -59,6 +227,8 @@ class Passes:
             Splits the rows over processes and gives the precision.
         prepare_inputs (`Callable`, *optional*):
             Moves inputs to the device; by default, to that of the model.
+        sharing ([`PromptSharing`], *optional*):
+            Lets two families share their prompts.
     """
 
     def __init__(
@@ -68,8 +238,10 @@ class Passes:
         reference: Reference | None,
         accelerator: Any,  # noqa: ANN401
         prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]] | None,
+        sharing: "PromptSharing | None" = None,
     ) -> None:
         self.model, self.rows, self.reference, self.accelerator = model, rows, reference, accelerator
+        self.sharing = sharing
         self.inner = upstream.unwrapped(model)
         self.prepare_inputs = prepare_inputs or self._to_device
         self.sharded = accelerator is not None and accelerator.distributed_type in SHARDED
@@ -106,12 +278,14 @@ class Passes:
         for positions, prompts in self.rows.batches(mine, batch_size):
             measured: list[dict[str, Any]] = [{"position": position} for position in positions]
             features: Any = None
-            for family in families:
-                inputs = self.prepare_inputs(self.rows.family_inputs(positions, family, prompts))
-                features = self._picture_features(inputs) if features is None else features
-                values = self._family(inputs, family, tuple(positions), features)
-                for row, value in zip(measured, values, strict=True):
-                    row[family] = value
+            # Two families at a time, which may share their prompts
+            for group in (families[start : start + 2] for start in range(0, len(families), 2)):
+                inputs = [self.prepare_inputs(self.rows.family_inputs(positions, name, prompts)) for name in group]
+                features = self._picture_features(inputs[0]) if features is None else features
+                values = self._group([_Responses.of(each) for each in inputs], group, tuple(positions), features)
+                for family, of_family in zip(group, values, strict=True):
+                    for row, value in zip(measured, of_family, strict=True):
+                        row[family] = value
             found += measured
         if world > 1:
             found = gather_object(found)
@@ -123,45 +297,56 @@ class Passes:
             return None
         return features_of.picture_features(self.inner, inputs)
 
-    def _family(
+    def _group(
         self,
-        inputs: dict[str, Any],
-        family: str,
+        responses: list["_Responses"],
+        families: Sequence[str],
         positions: tuple[int, ...],
         features: Any,  # noqa: ANN401 (as above)
-    ) -> list[dict[str, Any]]:
-        mask = inputs["completion_mask"][:, 1:].bool()
-        targets = inputs["input_ids"][:, 1:][mask]
-        kwargs = {key: value for key, value in inputs.items() if key != "completion_mask"} | {"use_cache": False}
-        seen: list[tuple[TokenStatistics, torch.Tensor, OutputHead]] = []
-        against: tuple[torch.Tensor, OutputHead] | None = None
+    ) -> list[list[dict[str, Any]]]:
+        known = self._of_reference(responses, families, positions)
+        against = [states for _, states in known]
+        inputs = [each.with_features(features) for each in responses]
+        found = self._scored(self.inner, lambda rows: self.model(**rows), inputs, against)
+        return [
+            _by_row(statistics, each.mask.sum(dim=1).tolist(), logps, family == "chosen", each.targets)
+            for (statistics, _), each, (logps, _), family in zip(found, responses, known, families, strict=True)
+        ]
 
-        def score(hidden: torch.Tensor, head: OutputHead) -> None:
-            # Virtual tokens of prompt learning come first, the real ones are the last
-            hidden = hidden[:, -mask.size(1) - 1 :][:, :-1][mask.to(hidden.device)]
-            seen.append(
-                (probe_measures.token_statistics(hidden, targets.to(hidden.device), head, against), hidden, head)
-            )
+    def _of_reference(
+        self, responses: list["_Responses"], families: Sequence[str], positions: tuple[int, ...]
+    ) -> list[tuple[torch.Tensor | None, States | None]]:
+        # Log-probabilities and, of chosen responses, what whole distributions are computed from
+        reference = self.reference
+        if reference is None or "chosen" not in families:
+            return [(None, None)] * len(families)
+        keys = [(family, positions) for family in families]
+        known: list[Any] = [None if reference.seen is None else reference.seen.get(key) for key in keys]
+        if any(each is None for each in known):
+            found = self._scored(reference.model, reference.run, responses, [None] * len(families), copy=self.sharded)
+            for place, (statistics, states) in enumerate(found):
+                known[place] = statistics.logp, states if families[place] == "chosen" else None
+                self._remember(known[place], families[place], positions)
+        device = responses[0].labels.device
+        return [(logps, states and (states[0].to(device), states[1])) for logps, states in known]
 
-        reference_logps = None
-        if self.reference is not None and family in ("chosen", "rejected"):
-            known = None if self.reference.seen is None else self.reference.seen.get((family, positions))
-            if known is None:
-                with upstream.scoring_forward(self.reference.model, score, copy_head=self.sharded):
-                    self.reference.run(kwargs)
-                statistics, hidden, head = seen.pop()
-                known = statistics.logp, (hidden, head) if family == "chosen" else None
-                self._remember(known, family, positions)
-            reference_logps, states = known
-            against = None if states is None else (states[0].to(mask.device), states[1])
-        if features is not None:
-            del kwargs["pixel_values"]
-            kwargs["mm_encoder_outputs"] = {"image": features}
-        with upstream.scoring_forward(self.inner, score):
-            self.model(**kwargs)
-        return _by_row(seen.pop()[0], mask.sum(dim=1).tolist(), reference_logps, family == "chosen", targets)
+    def _scored(
+        self,
+        model: PreTrainedModel,
+        run: Callable[[dict[str, Any]], Any],
+        responses: list["_Responses"],
+        against: Sequence[States | None],
+        *,
+        copy: bool = False,
+    ) -> list[Scored]:
+        def usual() -> list[Scored]:
+            return [_each(model, run, one, given, copy=copy) for one, given in zip(responses, against, strict=True)]
 
-    def _remember(self, known: tuple[Any, Any], family: str, positions: tuple[int, ...]) -> None:
+        if self.sharing is None or self.sharded or len(responses) == 1:
+            return usual()
+        return self.sharing.run(model, lambda: _together(model, run, responses, against), usual)
+
+    def _remember(self, known: tuple[torch.Tensor, States | None], family: str, positions: tuple[int, ...]) -> None:
         # The head of a sharded reference is gathered for one forward, and too large to keep
         reference, (logps, states) = self.reference, known
         if reference is None or reference.seen is None or (self.sharded and states is not None):

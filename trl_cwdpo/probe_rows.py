@@ -137,23 +137,29 @@ class ProbeRows:
         chosen = [self.rows[position] for position in positions]
         prompt_ids = [row.prompt_ids for row in chosen]
         completions = [row.completions.get(family, row.completions["chosen"]) for row in chosen]
-        length = max(len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completions, strict=True))
+        whole = [prompt + completion for prompt, completion in zip(prompt_ids, completions, strict=True)]
+        length = max(map(len, whole))
         inputs = {key: value for key, value in prompts.items() if key not in TEXT_TENSORS}
-        shape = (len(chosen), length)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask, completion_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        input_ids = torch.tensor([ids + (self.pad_token_id,) * (length - len(ids)) for ids in whole])
+        starts, ends = (torch.tensor([len(ids) for ids in rows]).unsqueeze(1) for rows in (prompt_ids, whole))
+        column = torch.arange(length)
+        attention_mask = column < ends
+        completion_mask = attention_mask & (column >= starts)
         kinds: dict[str, torch.Tensor] = {
-            key: prompts[key].new_zeros(shape) for key in ("token_type_ids", "mm_token_type_ids") if key in prompts
+            key: prompts[key].new_zeros(input_ids.shape)
+            for key in ("token_type_ids", "mm_token_type_ids")
+            if key in prompts
         }
-        for i, (prompt, completion) in enumerate(zip(prompt_ids, completions, strict=True)):
-            start, end = len(prompt), len(prompt) + len(completion)
-            input_ids[i, :end] = torch.tensor([*prompt, *completion])
-            attention_mask[i, :end] = 1
-            completion_mask[i, start:end] = 1
-            for key, kind in kinds.items():
+        for key, kind in kinds.items():
+            for i, (prompt, ids) in enumerate(zip(prompt_ids, whole, strict=True)):
+                start, end = len(prompt), len(ids)
                 kind[i, :start] = prompts[key][i, :start]
                 kind[i, start:end] = prompts[key][i, start]  # what any response has: PaliGemma's are of kind 1
-        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+        texts = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask.long(),
+            "completion_mask": completion_mask.long(),
+        }
         return {**inputs, **kinds, **texts}
 
 

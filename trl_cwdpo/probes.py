@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import upstream
@@ -23,12 +24,13 @@ from .alerts import DefaultProbeAlerts, ProbeAlertCallback
 from .preserved import evaluation_mode, preserved_random_state
 from .probe_measures import gradient_spikes
 from .probe_options import FAMILIES, FORWARD_FAMILIES, check_families
-from .probe_passes import SHARDED, Passes, Reference
+from .probe_passes import SHARDED, Passes, PromptSharing, Reference
 from .probe_records import RECORDS_FILE, ProbeRecord, append_record, read_records, write_records
 from .probe_rows import ProbeRows, choose_rows
 from .probe_summary import PairLoss, summarise
 from .redaction import redacted
 from .run_state import RunState
+from .shared_prefix import SharedPrefix
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def measure(
     batch_size: int = 8,
     accelerator: Any = None,  # noqa: ANN401 (an `accelerate.Accelerator`)
     prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    sharing: PromptSharing | None = None,
 ) -> ProbeRecord:
     """
     Take one measurement. Mode, random state and adapters of the model are afterwards as they were.
@@ -76,6 +79,8 @@ def measure(
             Splits the rows over processes, all of which must call this together; and gives the precision.
         prepare_inputs (`Callable`, *optional*):
             Moves inputs to the device; by default, to that of the model.
+        sharing ([`~trl_cwdpo.probe_passes.PromptSharing`], *optional*):
+            Lets two families share their prompts.
 
     Returns:
         [`ProbeRecord`], the same on all processes.
@@ -83,7 +88,7 @@ def measure(
     start = time.perf_counter()
     passes = [name for name in FORWARD_FAMILIES if name in {*families, "chosen", "rejected"}]
     passes = [name for name in passes if any(name in row.completions for row in rows.rows)]
-    run = Passes(model, rows, reference, accelerator, prepare_inputs)
+    run = Passes(model, rows, reference, accelerator, prepare_inputs, sharing)
     with preserved_random_state(), evaluation_mode(model), torch.no_grad(), run.precision():
         found = run.all_rows(passes, batch_size)
     return replace(
@@ -162,6 +167,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
         self.baseline: ProbeRecord | None = None
         self.previous: ProbeRecord | None = None
         self._reference_saw: dict[Any, Any] | None = None
+        self._sharing: PromptSharing | None = None
         if not any(isinstance(callback, RunState) for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(RunState())
         if not any(isinstance(callback, ProbeAlertCallback) for callback in trainer.callback_handler.callbacks):
@@ -175,6 +181,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
         self.baseline = self.previous = None
         # A reference that follows the policy must be asked each time
         self._reference_saw = None if getattr(args, "sync_ref_model", False) else {}
+        self._sharing = _sharing(self.trainer)
         stored = RunState.of(self.trainer).values.get(STATE_KEY) if state.global_step else None
         if stored is not None and stored["digest"] == self.rows.digest:
             self.baseline = ProbeRecord.from_dict(stored["baseline"])
@@ -237,6 +244,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
             batch_size=self.batch_size,
             accelerator=trainer.accelerator,
             prepare_inputs=trainer._prepare_inputs,
+            sharing=self._sharing,
         )
         record = replace(
             record,
@@ -412,17 +420,22 @@ def _described(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def _reference(trainer: Any, seen: dict[Any, Any] | None) -> Reference | None:  # noqa: ANN401
-    unwrap = trainer.accelerator.unwrap_model
     model = getattr(trainer, "ref_model", None)
     cache: Any = getattr(trainer, "reference_cache", None)
-    switched_off = upstream.is_peft_model(trainer.model) and (cache is None or cache.has_adapter_reference)
+    switched_off = isinstance(trainer.model, PeftModel) and (cache is None or cache.has_adapter_reference)
     if model is None and not switched_off:
         return None
     return Reference(
-        model=upstream.unwrapped(unwrap(trainer.model if model is None else model)),
+        model=upstream.unwrapped(trainer.model if model is None else model),
         forward=lambda inputs: upstream.reference_forward(trainer, inputs),
         seen=seen,
     )
+
+
+def _sharing(trainer: Any) -> PromptSharing | None:  # noqa: ANN401
+    # Trainers of TRL's have none
+    shared_prefix: SharedPrefix | None = getattr(trainer, "_shared_prefix", None)
+    return None if shared_prefix is None or not shared_prefix.allows(trainer.model) else PromptSharing(shared_prefix)
 
 
 def pair_loss_of(trainer: Any) -> PairLoss | None:  # noqa: ANN401 (any transformers trainer)

@@ -158,6 +158,14 @@ class SharedPrefix:
 
         return run
 
+    def allows(self, model: nn.Module) -> bool:
+        """Whether option, set-up and configuration let probes share prefixes, in rows of their own of whole models."""
+        is_sharded = self.accelerator.distributed_type.value in SHARDING
+        if not self.option or is_sharded or self._obstacle is not None:
+            return False
+        inner = upstream.unwrapped(model)
+        return model_obstacle(inner) is None and internals.attention_of(inner) != internals.BLOCK_ATTENTION
+
     def forward(self, model: nn.Module, kwargs: dict[str, Any]) -> upstream.FusedCausalLMOutput:
         """
         The fused forward pass of a preference batch.
@@ -237,7 +245,7 @@ class SharedPrefix:
                 return f"a model of the class {type(upstream.unwrapped(model)).__name__} fails: {text}", True
         tokens = (kwargs["labels"][:, 1:] != -100).to(usual.device)
         difference = (shared - usual)[tokens].abs().double().mean().item()
-        limit = self._tolerance(model)
+        limit = self.tolerance(model)
         if difference <= limit:
             return None, True
         name = type(upstream.unwrapped(model)).__name__
@@ -246,7 +254,8 @@ class SharedPrefix:
             f"than the {limit:g} that rounding explains"
         ), True
 
-    def _tolerance(self, model: nn.Module) -> float:
+    def tolerance(self, model: nn.Module) -> float:
+        """Mean absolute difference of log-probabilities, nats per token, that rounding explains."""
         dtypes = {parameter.dtype for parameter in upstream.unwrapped(model).parameters()} & TOLERANCES.keys()
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         if torch.get_float32_matmul_precision() != "highest" and self.accelerator.device.type == "cuda":
@@ -376,26 +385,49 @@ def run_rows(
         [`FusedCausalLMOutput`], as the usual forward pass returns it.
     """
     inner = upstream.unwrapped(model)
-    rows: dict[str, Any] = {}
-    for name, value in kwargs.items():
-        if name in LABELS:
-            rows[name] = layout.labels(value)
-        elif torch.is_tensor(value):
-            rows[name] = layout.rows(value) if name in TEXT_TENSORS else value.chunk(2)[0]
-        else:
-            rows[name] = value
-    chosen = {
-        name: rows[name] if name not in TEXT_TENSORS else value.chunk(2)[0]
-        for name, value in kwargs.items()
-        if torch.is_tensor(value) and name not in LABELS
-    }
-    rows["position_ids"] = layout.positions(internals.multi_axis_positions(inner, chosen))
-    rows["attention_mask"] = attention_mask(inner, layout)
+    text = {name: value for name, value in kwargs.items() if name in TEXT_TENSORS - set(LABELS)}
+    pictures = {name: value.chunk(2)[0] for name, value in vision_inputs(kwargs).items()}
+    rows = {name: value for name, value in kwargs.items() if not torch.is_tensor(value)}
+    rows |= {name: layout.labels(kwargs[name]) for name in LABELS if name in kwargs}
+    rows |= row_inputs(inner, layout, text, pictures)
     if features is not None and "pixel_values" in kwargs:
         features.put_into(inner, rows, kwargs["pixel_values"])
     with internals.scored_places(inner, layout.scored_index):
         outputs = model(**rows)
     return internals.map_per_token(outputs, layout.restore)
+
+
+def row_inputs(
+    model: Any,  # noqa: ANN401 (as above)
+    layout: Layout,
+    text: dict[str, torch.Tensor],
+    pictures: dict[str, Any],
+) -> dict[str, Any]:
+    """
+    Inputs of a forward pass with one row for each pair.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model without wrappers.
+        layout ([`PrefixLayout`]):
+            Layout of the batch.
+        text (`dict`):
+            What the usual forward pass gets of each token, tensors of shape `(2B, T)`; no labels.
+        pictures (`dict`):
+            What it gets of the pictures of one half.
+
+    Returns:
+        `dict`: The rows, with positions and mask.
+    """
+    positions = internals.multi_axis_positions(
+        model, {**{name: value.chunk(2)[0] for name, value in text.items()}, **pictures}
+    )
+    return {
+        **{name: layout.rows(value) for name, value in text.items()},
+        **pictures,
+        "position_ids": layout.positions(positions),
+        "attention_mask": attention_mask(model, layout),
+    }
 
 
 def attention_mask(model: Any, layout: Layout) -> Any:  # noqa: ANN401 (as above)
