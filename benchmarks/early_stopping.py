@@ -6,8 +6,8 @@ CW-DPO on the shapes task, a probe and a checkpoint every 10 steps. A *gradual* 
 not been trained to the end, with a learning rate that rises until it ruins the model; a *sudden* one starts from the
 usual model with a learning rate that is far too high. One run goes on to its end, so that every checkpoint can be
 evaluated; the other one, alike to the last bit, has `probe_early_stopping`. Compared is the attribute accuracy of
-greedy captions of 500 held-out pictures: that of the kept checkpoint with that of the best and of the last one. The
-table is Markdown.
+greedy captions of 500 held-out pictures: that of the kept checkpoint with that of the best and of the last one. What
+`early_stopping.json` has already is not run again. The table is Markdown.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def compare(model: str, data: DatasetDict, output: Path, how: Collapse, seed: in
     stopper = next(callback for callback in callbacks if isinstance(callback, ProbeEarlyStoppingCallback))
     kept = accuracy(trainer.state.best_model_checkpoint, data)
     return {
-        "accuracy_by_step": found,
+        "accuracy_by_step": {str(step): value for step, value in found.items()},
         "stopped_after": trainer.state.global_step,
         "reasons": list(stopper.stopped),
         "best_step": stopper.best_step,
@@ -104,7 +104,7 @@ def compare(model: str, data: DatasetDict, output: Path, how: Collapse, seed: in
     }
 
 
-def table(results: dict[str, dict[int, dict[str, Any]]]) -> str:
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """All runs, in Markdown."""
     headers = ["collapse", "seed", "start", "best of all, at step", "kept, of step", "best − kept", "stopped after",
                "without stopping", "rules that fired"]  # fmt: skip
@@ -114,7 +114,7 @@ def table(results: dict[str, dict[int, dict[str, Any]]]) -> str:
             by_step = found["accuracy_by_step"]
             best = max(by_step, key=by_step.__getitem__)
             cells = [
-                *(name, str(seed), f"{100 * by_step[0]:.1f} %"),
+                *(name, seed, f"{100 * by_step['0']:.1f} %"),
                 f"{100 * found['best']:.1f} %, {best}",
                 f"{100 * found['kept']:.1f} %, {found['best_step']}",
                 f"{100 * (found['best'] - found['kept']):.1f}",
@@ -137,14 +137,17 @@ def main() -> None:
     cache = default_cache_dir()
     source = write_dataset(cache / "shapes-2000-500-seed0", num_test=500)
     data = load_dataset(str(source), cache_dir=str(cache / "arrow"))
-    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in arguments.collapse}
+    file = arguments.output_dir / "early_stopping.json"
+    results: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text()) if file.exists() else {}
     for name in arguments.collapse:
         how = COLLAPSES[name]
         model = str(pretrain(cache / f"tiny-vlm-{how.pretraining}-20000-seed0", steps=how.pretraining).path)
         for seed in range(arguments.seeds):
-            results[name][seed] = found = compare(model, data, arguments.output_dir / name, how, seed)
+            if str(seed) in results.setdefault(name, {}):
+                continue
+            results[name][str(seed)] = found = compare(model, data, arguments.output_dir / name, how, seed)
             print(f"{name}, seed {seed}: {'; '.join(found['reasons'])}", flush=True)
-            (arguments.output_dir / "early_stopping.json").write_text(json.dumps(results, indent=1))
+            file.write_text(json.dumps(results, indent=1))
     print(table(results))
 
 
