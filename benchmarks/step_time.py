@@ -6,6 +6,7 @@ the process, so that others on the machine disturb it little; run it with `OMP_N
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py --output docs/results/performance.md
     python benchmarks/step_time.py --device cuda --grid gpu --output performance-gpu.md
+    python benchmarks/step_time.py --device cuda --grid gpu --families text --attention flex_attention
 """
 
 import argparse
@@ -166,7 +167,7 @@ VARIANTS: dict[str, tuple[type[DPOTrainer], dict[str, Any], bool]] = {
 class Contestant:
     """A variant: its trainer, and one step of it."""
 
-    def __init__(self, name: str, folder: str, tuning: str, device: str) -> None:
+    def __init__(self, name: str, folder: str, tuning: str, device: str, attention: str = "sdpa") -> None:
         trainer_class, options, self.stored = VARIANTS[name]
         config_class = DPOConfig if trainer_class is DPOTrainer else CWDPOConfig
         args = config_class(
@@ -178,6 +179,7 @@ class Contestant:
             max_length=None,
             gradient_checkpointing=False,
             precompute_ref_log_probs=self.stored,
+            model_init_kwargs={"attn_implementation": attention},
             **options,
         )
         rows = [{"prompt": "w2 w3 ", "chosen": f"w{4 + i}", "rejected": f"w{9 + i}"} for i in range(2)]
@@ -278,7 +280,8 @@ def compare(
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(options.rounds + 1):
-        for name, each in contestants.items():
+        # Back and forth, since a processor that is slowing down would favour whoever comes first
+        for name, each in list(contestants.items())[:: -1 if turn % 2 else 1]:
             taken = seconds_of(lambda e=each, n=name: e.step(batches[n]), options.device)
             if turn:  # the first is to warm up
                 times[name].append(taken)
@@ -361,6 +364,7 @@ def write(results: list[Result], options: argparse.Namespace) -> None:
     if options.output is None:
         return
     words = [f"--grid {options.grid}", f"--device {options.device}", f"--rounds {options.rounds}"]
+    words += [f"--attention {options.attention}"] * (options.attention != "sdpa")
     command = " ".join(["python benchmarks/step_time.py", *words, f"--output {options.output}"])
     plot(results, options.output.parent.parent / "images" / "step_time.png")
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -377,6 +381,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--attention", default="sdpa", help="Attention implementation of transformers.")
     parser.add_argument("--output", type=Path, help="Page to write; the plot goes to ../images beside it.")
     return parser.parse_args()
 
@@ -391,7 +396,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 torch.manual_seed(0)
                 build(family, options.width, options.layers).save_pretrained(folder)
-                contestants = {name: Contestant(name, folder, tuning, options.device) for name in VARIANTS}
+                place = (folder, tuning, options.device, options.attention)
+                contestants = {name: Contestant(name, *place) for name in VARIANTS}
                 for shape in grid:
                     results += compare(contestants, (family, tuning), shape, options)
             write(results, options)

@@ -67,6 +67,8 @@ def assert_equal(name, ours, theirs):
     tolerance = parity.TOLERANCE_BF16 if "bf16" in name else parity.TOLERANCE
     assert ours[0]["weights"]
     for rank, result in enumerate(ours):
+        if parity.RUNS[name][2].get("share_prefix") is True:
+            assert result["shares"] is theirs["shares"] is True
         found = parity.differences(name, result, theirs)
         worst = max(found, key=found.get)
         assert found[worst] <= tolerance, f"process {rank}: {worst} differs by {found[worst]:.2e}"
