@@ -55,7 +55,15 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"cwdpo_config", "gentle_negative_sft_config", "probe_rows", "reference_keys", "shared_prefix", "signals"}
+        {
+            "cwdpo_config",
+            "gentle_negative_sft_config",
+            "probe_rows",
+            "reference_keys",
+            "row_lookup",
+            "shared_prefix",
+            "signals",
+        }
     ),
     # What the trainers are put together from.
     frozenset(

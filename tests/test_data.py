@@ -14,7 +14,6 @@ from trl_cwdpo.data import (
     drop_unusable_pairs,
     drop_unusable_pairs_of_splits,
     excerpt,
-    find_pair,
     one_side,
     pair_problem,
     response_text,
@@ -477,33 +476,6 @@ def test_trimming_leaves_patches_alone_that_happen_to_be_as_wide_as_the_text():
 
 
 # --- naming rows -----------------------------------------------------------------------------------------------------
-
-ROWS = [
-    {"chosen": "the sky is blue", "rejected": "green"},
-    {"chosen": assistant("snow is white"), "rejected": assistant("black")},
-    {"chosen": "snow is white", "rejected": "red"},
-]
-
-
-@pytest.mark.parametrize(
-    ("texts", "index"),
-    [
-        ({"chosen": "the sky is blue", "rejected": "green"}, 0),
-        ({"chosen": " the sky ", "rejected": "gre"}, 0),
-        ({"chosen": "snow is white", "rejected": "red"}, 2),
-        ({"chosen": "snow"}, 1),
-        ({"rejected": "red"}, 2),
-        ({"chosen": "the sky is blue", "rejected": "red"}, None),
-        ({"chosen": "sky"}, None),
-        ({"chosen": "", "rejected": "green"}, None),
-    ],
-)
-def test_find_pair_matches_the_beginning_of_all_given_responses(texts, index):
-    assert find_pair(ROWS, texts) == index
-
-
-def test_find_pair_stops_at_the_first_match():
-    assert find_pair(iter([*ROWS, None]), {"rejected": "red"}) == 2
 
 
 def test_excerpt_is_one_line_of_at_most_the_given_length():

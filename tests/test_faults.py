@@ -59,6 +59,31 @@ def test_names_step_rows_and_checkpoint(text_model, tmp_path, stage):
     assert all("embed" in name or "lm_head" in name for name in bad), "the step must not have reached the weights"
 
 
+def test_a_pair_with_a_sampled_negative_is_named_by_its_prompt_and_chosen_response(text_model, tmp_path):
+    args = CWDPOConfig(
+        **tiny.training_options(tmp_path, train_sampling_strategy="sequential"),
+        cooling_mode="off",
+        dataset_negative_fraction=0.0,
+        negative_max_completion_length=6,
+    )
+    trainer = CWDPOTrainer(text_model, args=args, train_dataset=pairs_with_poison(5))
+    sampled = trainer._negatives._sampled
+
+    def then_poison(rows):
+        pairs = sampled(rows)
+        Poison(trainer.state.global_step).on_step_begin(
+            args, trainer.state, None, model=trainer.model, processing_class=trainer._tokenizer
+        )
+        return pairs
+
+    trainer._negatives._sampled = then_poison
+    with pytest.raises(NonFiniteLossError, match=rf"row \d of the training dataset.*looks {POISON} looks") as error:
+        trainer.train()
+    assert "row 5 of the training dataset" in str(error.value)
+    assert "not found" not in str(error.value)
+    assert trainer.train_dataset[5]["rejected"][0]["content"] not in str(error.value)
+
+
 def test_no_checkpoint_yet(text_model, tmp_path):
     args = CWDPOConfig(**tiny.training_options(tmp_path / "none"), cooling_mode="off")
     trainer = CWDPOTrainer(text_model, args=args, train_dataset=tiny.pairs())

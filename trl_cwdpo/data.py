@@ -8,7 +8,7 @@ column, a dataset without any usable pair, a pair whose response does not fit `m
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -478,23 +478,3 @@ def excerpt(text: str, length: int = EXCERPT_LENGTH) -> str:
     """
     line = printable(" ".join(text.split()))
     return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def find_pair(rows: Iterable[dict[str, Any]], texts: Mapping[str, str]) -> int | None:
-    """
-    Index of the pair whose responses were decoded to these texts, up to truncation.
-
-    Args:
-        rows (`Iterable[dict]`):
-            Rows with `chosen` and `rejected`.
-        texts (`dict[str, str]`):
-            Decoded responses, without special tokens, by column: both or one of them.
-
-    Returns:
-        `int` or `None`: the first match.
-    """
-    wanted = {column: text.strip() for column, text in texts.items()}
-    for index, row in enumerate(rows):
-        if all(seen and response_text(row[column]).startswith(seen) for column, seen in wanted.items()):
-            return index
-    return None

@@ -12,8 +12,9 @@ from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import upstream
-from .data import excerpt, find_pair
+from .data import excerpt
 from .hangs import HungProcessError, ProgressBoard, timed_out
+from .row_lookup import find_pair, find_sampled_pair
 
 ROWS_SHOWN = 5
 REMEDIES_SHOWN = 3
@@ -77,7 +78,7 @@ def _describe_rows(trainer: Any, inputs: dict[str, Any], row_logps: torch.Tensor
         suspects = (~finite).nonzero().flatten().tolist() or suspects
     lines = []
     for pair in suspects[:ROWS_SHOWN]:
-        index = find_pair(_text_rows(trainer.train_dataset), texts[pair])
+        index = _find_row(trainer, texts[pair], inputs, pair)
         name = "a row not found in the dataset" if index is None else f"row {index} of the training dataset"
         responses = ", ".join(f"{side} {excerpt(text)!r}" for side, text in texts[pair].items())
         lines.append(f"{name} ({responses})")
@@ -98,10 +99,18 @@ def _decode_responses(trainer: Any, inputs: dict[str, Any]) -> list[dict[str, st
     return [{side: rows[pair] for side, rows in columns.items()} for pair in range(pairs)]
 
 
-def _text_rows(dataset: Any) -> Any:  # noqa: ANN401 (map-style or iterable)
+def _find_row(trainer: Any, texts: dict[str, str], inputs: dict[str, Any], pair: int) -> int | None:  # noqa: ANN401
+    dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset):
-        return ()
-    return dataset.select_columns(["chosen", "rejected"])
+        return None
+    rows = dataset.select_columns([name for name in ("prompt", "chosen", "rejected") if name in dataset.column_names])
+    found = find_pair(rows, texts)
+    if found is None and "completion_mask" in inputs:
+        # A response of the pair may have been sampled from the policy
+        kept = inputs["attention_mask"][pair].bool() & ~inputs["completion_mask"][pair].bool()
+        prompt = trainer._tokenizer.decode(inputs["input_ids"][pair][kept], skip_special_tokens=True)
+        return find_sampled_pair(rows, texts, prompt)
+    return found
 
 
 class GuardedTraining:
