@@ -43,6 +43,9 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 ACCUMULATION = {"gradient_accumulation_steps": 2}
 # Of 24 pairs, the 23rd and 24th are missing: the last batch of the epoch is half full
 UNEVEN = {"num_train_epochs": 1, "max_steps": -1}
+SAMPLED = {"dataset_negative_fraction": 0.0, "negative_max_completion_length": 8}
+# ℓ̄ of every sample is measured too
+HARDEST = {**SAMPLED, "num_negative_generations": 2, "negative_selection": "hardest"}
 
 # Name: trainer and configuration, what the run is on and with, options
 RUNS = {
@@ -60,6 +63,12 @@ RUNS = {
     "cached, pictures, adapter": (STAGE2, ("cache", "pictures", "lora"), EVALUATION),
     "cooled, pictures": (STAGE2, ("pictures", "probes"), {**EVALUATION, **SHARED}),
     "gated, pictures, adapter": (STAGE2, ("pictures", "lora"), {"cooling_mode": "gate", **CHECKPOINTING, **SHARED}),
+    "sampled": (STAGE2, (), {**HARDEST, **EVALUATION}),
+    # Long enough for the responses of one process to end before those of the other
+    "sampled, adapter": (STAGE2, ("lora",), {**SAMPLED, **CHECKPOINTING, "negative_max_completion_length": 96}),
+    "sampled, accumulated": (STAGE2, ("uneven",), {**SAMPLED, **UNEVEN, **ACCUMULATION, "negative_refresh_steps": 2}),
+    "sampled, pictures": (STAGE2, ("pictures",), {**HARDEST, "dataset_negative_fraction": 0.5}),
+    "sampled, pictures, adapter": (STAGE2, ("pictures", "lora"), {**HARDEST, **CHECKPOINTING}),
     "smoothed": (STAGE1, ("probes",), {**EVALUATION, **SHARED}),
     "smoothed, adapter": (STAGE1, ("lora",), {}),
     "smoothed, adapter, checkpointing": (STAGE1, ("lora",), {**CHECKPOINTING, **SHARED}),
@@ -74,6 +83,7 @@ RUNS = {
 }
 # What `make test` runs
 SHORT = ("gated, adapter", "cooled, pictures", "smoothed", "hinge of the batch, accumulated")
+SHORT_SAMPLED = "sampled, adapter"
 TOLERANCE = 1e-5
 # Half precision multiplies matrices of other shapes, FSDP casts where autocast does not, ZeRO keeps weights in it
 TOLERANCE_BF16 = 5e-3

@@ -47,7 +47,8 @@ def one(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short(models, tmp_path_factory):
-    return train_on(engines.ENGINES["fsdp2"], parity.SHORT, models, tmp_path_factory.mktemp("short"))
+    names = (*parity.SHORT, parity.SHORT_SAMPLED)
+    return train_on(engines.ENGINES["fsdp2"], names, models, tmp_path_factory.mktemp("short"))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,16 @@ def test_fsdp2_equals_one_process(one, short, name):
     assert_equal(name, short[name], one(name))
 
 
+def test_fsdp2_samples_responses_that_end_apart(short):
+    first, second = short[parity.SHORT_SAMPLED]
+    assert first["identity"]["parameters"] == ["DTensor"]
+    assert first["log"] == second["log"]
+    steps = [entry for entry in first["log"] if "negatives/on_policy_fraction" in entry]
+    assert [entry["negatives/on_policy_fraction"] for entry in steps] == [1.0] * parity.STEPS
+    # Nothing was cut at the limit, so that each process ended where its own responses did
+    assert [entry["negatives/truncated_fraction"] for entry in steps] == [0.0] * parity.STEPS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", parity.RUNS)
 @pytest.mark.parametrize("engine", SHARDED)
@@ -90,10 +101,11 @@ def test_engine_equals_one_process(one, several, engine, name):
         pytest.skip("DeepSpeed is not installed")
     ours = several(engine)[name]
     for result in ours:
-        reference = "adapter" not in name and name.startswith(("cooled", "DPO", "off"))
+        reference = "adapter" not in name and name.startswith(("cooled", "sampled", "DPO", "off"))
         assert result["identity"] == engines.expected_identity(engines.ENGINES[engine], reference=reference)
-    # Of an uneven last batch, accelerate repeats rows: how many depends on the number of processes
-    expected = several("ddp")[name][0] if "uneven" in name else one(name)
+    # Of an uneven last batch, accelerate repeats rows: how many depends on the number of processes. And each process
+    # samples from random numbers of its own.
+    expected = several("ddp")[name][0] if "uneven" in name or name.startswith("sampled") else one(name)
     assert_equal(name, ours, expected)
 
 

@@ -3,7 +3,9 @@
 Assumptions, pinned down by `tests/test_upstream_generation.py`:
 
 - `unwrap_model_for_generation` gathers ZeRO-3's weights and `DistributedBackend.summon_full_params` FSDP1's; under
-  FSDP2 `generate` gathers them layer by layer, on all processes together;
+  FSDP2 `generate` gathers them layer by layer, on all processes together. That takes `synced_gpus`, by which a process
+  whose responses have ended goes on until those of all have. `generate` sets it where it takes a model for sharded;
+  for FSDP2, where that depends on who sharded it, it is set here;
 - what a `GenerationConfig` passed to `generate` sets explicitly wins over the model's own;
 - a model with TRL's fused head still generates.
 """
@@ -20,6 +22,8 @@ from transformers import GenerationConfig
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head
+
+from .sharding import has_fsdp2_shards
 
 __all__ = ["GeneratingPolicy", "add_scoring_head", "image_token_ids", "stop_token_ids"]
 
@@ -95,7 +99,8 @@ class GeneratingPolicy:
             if getattr(model.config.get_text_config(), "output_router_logits", False):
                 # The load-balancing loss, of no use here, fails where a cache makes the mask longer than the input
                 inputs = {**inputs, "output_router_logits": False}
-            outputs = model.generate(**inputs, generation_config=config)
+            synced = True if has_fsdp2_shards(model) and self.accelerator.num_processes > 1 else None
+            outputs = model.generate(**inputs, generation_config=config, synced_gpus=synced)
         return outputs[:, inputs["input_ids"].size(1) :]
 
 

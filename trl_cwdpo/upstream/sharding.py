@@ -13,7 +13,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-__all__ = ["prepare_for_sharding"]
+__all__ = ["has_fsdp2_shards", "prepare_for_sharding"]
+
+
+def has_fsdp2_shards(model: nn.Module) -> bool:
+    """Whether FSDP2 shards a model, or a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def prepare_for_sharding(model: PreTrainedModel) -> None:
