@@ -17,8 +17,9 @@ import tiny
 from datasets import Dataset, load_dataset
 
 from trl_cwdpo.cli import main
+from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.generate_endpoint import Pace
-from trl_cwdpo.cli.generation_journal import DATA, JOURNAL, SUMMARY
+from trl_cwdpo.cli.generation_journal import DATA, JOURNAL, SUMMARY, Journal
 from trl_cwdpo.loading import load_preference_dataset
 
 KEY = "sk-secret-4711"
@@ -85,6 +86,87 @@ def test_policy_goes_on_where_it_was_stopped_with_the_same_outcome(data, text_mo
     (part / DATA).unlink()
     assert policy(data, text_model, part) == 0
     assert rows_of(part).to_list() == rows_of(whole).to_list()
+
+
+def test_a_journal_outlives_line_ends_that_are_none(tmp_path):
+    entries = [{"row": row, "source": "policy", "rejected": f"a{end}b"} for row, end in enumerate("\u2028\x85\n")]
+    Journal(tmp_path, {"k": 1}).add(entries)
+    journal = Journal(tmp_path, {"k": 1})
+    assert list(journal.entries.values()) == entries
+    assert journal.missing(4) == [3]
+
+
+def test_processes_write_apart_and_read_each_other(tmp_path):
+    first, second = Journal(tmp_path, {"k": 1}), Journal(tmp_path, {"k": 1}, process=1)
+    first.add([{"row": 0}])
+    second.add([{"row": 2}])
+    with second.path.open("a") as file:
+        file.write('{"row": 3')  # being written
+    assert first.missing(4) == [1, 2, 3]
+    first.read()
+    assert first.missing(4) == [1, 3]
+    assert Journal(tmp_path, {"k": 1}).missing(4) == [1, 3]
+    assert second.path.read_text().endswith('{"row": 3')
+    with pytest.raises(CommandError, match="k: 1, now 2"):
+        Journal(tmp_path, {"k": 2}, process=2)
+
+
+@pytest.mark.distributed
+def test_two_processes_write_what_one_does(data, text_model, tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    words = ("--num_generations", 2, "--selection", "hardest")
+    policy(data, text_model, whole, *words)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    base = (data, "--model", text_model, "--output", shared, "--max_completion_length", 6, "--batch_size", 4)
+    process = subprocess.run(
+        [*launcher, "-m", "trl_cwdpo.cli", "generate-negatives", *map(str, (*base, *words)), "--quiet"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    assert process.stdout.count("10 pairs in") == 1
+    made, expected = rows_of(shared).to_list(), rows_of(whole).to_list()
+    for ours, theirs in zip(made, expected, strict=True):
+        assert ours == theirs
+    # Batches of four: rows 0-3 and 8-9 were the first process's, rows 4-7 the second's
+    journals = [shared / JOURNAL, (shared / JOURNAL).with_name("journal-1.jsonl")]
+    assert [len(journal.read_text().splitlines()) for journal in journals] == [1 + 6, 1 + 4]
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_prompts_and_good_responses_will_do(text_model, tmp_path, conversational, capsys):
+    (tmp_path / "data").mkdir()
+    before = tiny.pairs(10, conversational=conversational)
+    before.remove_columns("rejected").to_json(tmp_path / "data" / "pairs.jsonl")
+    assert policy(tmp_path / "data", text_model, tmp_path / "out") == 0
+    made = rows_of(tmp_path / "out")
+    assert set(made["source"]) == {"policy"}
+    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
+    assert summary["rows"] == len(made) == summary["sources"]["policy"]
+    assert sum(summary["sources"].values()) == 10
+    assert set(map(str, made["prompt"])) <= set(map(str, before["prompt"]))
+    texts = [row["rejected"] if isinstance(row["rejected"], str) else row["rejected"][0]["content"] for row in made]
+    assert "(none)" not in texts
+    assert all(texts)
+
+
+def test_rows_without_a_negative_are_left_out_where_the_data_have_none(text_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_scores.py").write_text(
+        "def short(completions, **_):\n    return [-float(len(c[-1]['content'].split())) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "data").mkdir()
+    tiny.pairs(10).remove_columns("rejected").to_json(tmp_path / "data" / "pairs.jsonl")
+    words = ("--reward_funcs", "my_scores:short", "--selection", "lowest_reward")
+    assert policy(tmp_path / "data", text_model, tmp_path / "out", *words) == 0
+    made = rows_of(tmp_path / "out")
+    assert 0 < len(made) < 10
+    assert "left out" in capsys.readouterr().out
+    for row in made:
+        assert len(row["rejected"][0]["content"].split()) > len(row["chosen"][0]["content"].split())
 
 
 def test_other_settings_are_refused_by_name(data, text_model, tmp_path, capsys):

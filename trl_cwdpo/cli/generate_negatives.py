@@ -34,24 +34,28 @@ def main(argv: Sequence[str]) -> int:
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     summary = _generate(arguments)
+    if summary is None:
+        return 0
     counts = ", ".join(f"{count} {source}" for source, count in sorted(summary["sources"].items()))
     cost = f"; cost {summary['cost']:.4f}" if "cost" in summary else ""
     print(f"{summary['rows']} pairs in {arguments.output}: {counts}{cost}")
     return 0
 
 
-def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
+def _generate(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """What came of it; `None` where another process says so."""
     from trl_cwdpo.cli.generation_journal import Journal  # takes seconds: torch, transformers, TRL
 
-    dataset = _load(arguments)
+    dataset, has_rejected = _load(arguments)
     data = {"data": arguments.data, "split": arguments.split, "rows": len(dataset), "engine": arguments.engine}
     if arguments.engine == "policy":
-        from trl_cwdpo.cli.generate_policy import PolicySettings, sample_dataset
+        from trl_cwdpo.cli.generate_policy import PolicySettings, process_number, sample_dataset
 
         settings = PolicySettings(**_options(arguments, POLICY), model=arguments.model)
-        journal = Journal(Path(arguments.output), {**data, **_plain(asdict(settings))})
+        process, _ = process_number()
+        journal = Journal(Path(arguments.output), {**data, **_plain(asdict(settings))}, process)
         sample_dataset(dataset, settings, journal, bar=not arguments.quiet)
-        return journal.finish(dataset)
+        return journal.finish(dataset, has_rejected=has_rejected) if process == 0 else None
     from trl_cwdpo.cli.generate_endpoint import EndpointSettings, edit_dataset, make_client, read_template
 
     endpoint = EndpointSettings(**_options(arguments, ENDPOINT), model=arguments.model)
@@ -65,30 +69,43 @@ def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     journal = Journal(Path(arguments.output), what)
     budget = edit_dataset(dataset, endpoint, journal, client, bar=not arguments.quiet)
-    return {**journal.finish(dataset), "cost": budget.cost}
+    return {**journal.finish(dataset, has_rejected=has_rejected), "cost": budget.cost}
 
 
-def _load(arguments: argparse.Namespace) -> Any:  # noqa: ANN401 (a dataset, imported late)
+def _load(arguments: argparse.Namespace) -> tuple[Any, bool]:
+    """The usable rows, and whether they have rejected responses of their own."""
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
+    from trl_cwdpo.cli.generation_journal import with_placeholders
     from trl_cwdpo.data import drop_unusable_pairs
     from trl_cwdpo.loading import load_preference_dataset
 
+    where = {"config": arguments.dataset_config, "image_folder": arguments.image_folder}
     try:
-        splits = load_preference_dataset(
-            arguments.data, arguments.dataset_config, columns=arguments.columns, image_folder=arguments.image_folder
-        )
+        columns = arguments.columns
+        if columns == "auto" and _has_chosen_only(load_preference_dataset(arguments.data, **where, check_files=False)):
+            columns = None
+        splits = load_preference_dataset(arguments.data, **where, columns=columns)
         if arguments.split not in splits:
             raise CommandError(
                 f"{arguments.data} has no split {arguments.split!r}, but {sorted(splits)}: name one with --split."
             )
-        rows, _ = drop_unusable_pairs(splits[arguments.split], arguments.split)
+        rows: Any = splits[arguments.split]
+        if not isinstance(rows, Dataset):
+            raise CommandError(f"{arguments.data} is a stream: download it first.")
+        has_rejected = "rejected" in rows.column_names
+        rows, _ = drop_unusable_pairs(rows if has_rejected else with_placeholders(rows), arguments.split)
     except (OSError, ValueError, DatasetsError) as error:
         raise CommandError(f"{arguments.data}: {error}") from error
-    if not isinstance(rows, Dataset):
-        raise CommandError(f"{arguments.data} is a stream: download it first.")
-    return rows if arguments.limit is None else rows.select(range(min(arguments.limit, len(rows))))
+    rows = rows if arguments.limit is None else rows.select(range(min(arguments.limit, len(rows))))
+    return rows, has_rejected
+
+
+def _has_chosen_only(splits: Any) -> bool:  # noqa: ANN401 (datasets, imported late)
+    """Whether the data are prompts and good responses, in TRL's layout, without rejected ones."""
+    columns = {name for rows in splits.values() for name in rows.column_names}
+    return {"prompt", "chosen"} <= columns and not any("rejected" in name for name in columns)
 
 
 POLICY = (
@@ -166,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
             "Write a preference dataset with new rejected responses: sampled from a model (--engine policy), or "
             "chosen responses that a language model changed a little (--engine endpoint). The output has the columns "
             "source, avg_logp, distance and samples beside the data's own; where no response is one, the data's "
-            "is kept. The same command continues a generation that was stopped."
+            "is kept. Prompts with good responses (the columns prompt and chosen) will do; then rows without a "
+            "negative are left out. The same command continues a generation that was stopped. With --engine policy, "
+            "several processes share the rows: accelerate launch --multi_gpu -m trl_cwdpo.cli generate-negatives …"
         ),
     )
     parser.add_argument("data", metavar="DATA", nargs="?", help="a file, a folder, or a dataset on the hub")

@@ -2,14 +2,15 @@
 
 import importlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import tqdm
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, tqdm
 from datasets import Dataset
 from transformers import ProcessorMixin
 
@@ -64,7 +65,8 @@ class PolicySettings:
 
 def sample_dataset(dataset: Dataset, settings: PolicySettings, journal: Journal, *, bar: bool = True) -> None:
     """
-    Sample negatives for the rows that have none yet.
+    Sample negatives for the rows that have none yet. Several processes share the batches, and all end up with the
+    results of all.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -77,19 +79,31 @@ def sample_dataset(dataset: Dataset, settings: PolicySettings, journal: Journal,
             Whether to show a progress bar.
     """
     missing = set(journal.missing(len(dataset)))
-    if not missing:
+    process, processes = process_number()
+    # Several processes set up together, whoever has something left to do
+    if not missing and processes == 1:
         return
     sampler, rows = build_sampler(dataset, settings, journal.folder)
-    # Batches start at the same rows whenever the command is run, so that the samples are the same
+    # Batches start at the same rows whenever the command is run, and on however many processes, so that the samples
+    # are the same
     starts = [
         start
         for start in range(0, len(dataset), settings.batch_size)
-        if missing & set(range(start, start + settings.batch_size))
+        if start // settings.batch_size % processes == process
+        and missing & set(range(start, start + settings.batch_size))
     ]
     for start in tqdm(starts, desc="Sampling negatives", disable=not bar):
         indices = range(start, min(start + settings.batch_size, len(dataset)))
         pairs = sampler([rows[index] for index in indices], (settings.seed, start))
         journal.add([_entry(index, pair) for index, pair in zip(indices, pairs, strict=True)])
+    if processes > 1:
+        PartialState().wait_for_everyone()
+        journal.read()
+
+
+def process_number() -> tuple[int, int]:
+    """Number of this process, and how many there are; 0 and 1 without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def build_sampler(dataset: Dataset, settings: PolicySettings, folder: Path) -> tuple[PairSampler, Dataset]:
@@ -110,6 +124,7 @@ def build_sampler(dataset: Dataset, settings: PolicySettings, folder: Path) -> t
     # First, since a configuration sets up accelerate anew
     args = CWDPOConfig(str(folder), max_length=None, use_cpu=not torch.accelerator.is_available(), bf16=False)
     accelerator = Accelerator(cpu=args.use_cpu)
+    _check_processes(accelerator)
     model: Any = load_model(settings.model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     add_scoring_head(model)
     model.to(accelerator.device).eval()
@@ -149,6 +164,20 @@ def build_sampler(dataset: Dataset, settings: PolicySettings, folder: Path) -> t
         scorer=scorer,
     )
     return sampler, rows
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise CommandError(
+            "Processes share the rows here, not the weights: launch with --multi_gpu instead of "
+            f"{accelerator.distributed_type.value}, or sample from a model that exceeds one device with --engine "
+            "endpoint."
+        )
+    if accelerator.num_processes != process_number()[1]:
+        raise CommandError(
+            f"The launcher started {process_number()[1]} processes, but accelerate knows of "
+            f"{accelerator.num_processes}. On CPUs, set ACCELERATE_USE_CPU=true and launch with --multi_gpu."
+        )
 
 
 def _reward(name: str) -> Any:  # noqa: ANN401 (a function, or the name of a model)

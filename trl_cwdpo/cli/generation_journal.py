@@ -15,47 +15,67 @@ DATA = "train.parquet"
 # In a hidden folder, so that whoever loads the dataset does not take them for tables
 ASIDE = ".generation"
 JOURNAL, SUMMARY = f"{ASIDE}/journal.jsonl", f"{ASIDE}/summary.json"
+PLACEHOLDER = "(none)"
 SAMPLES = List({"text": Value("string"), "avg_logp": Value("float64"), "reward": Value("float64")})
 
 
 class Journal:
     """
-    Results by row, appended to a file as they come.
+    Results by row, appended to a file as they come. Several processes each append to a file of their own, and read
+    those of all.
 
     Args:
         folder (`Path`):
             Output folder.
         settings (`dict`):
             What the results depend on; another generation's journal is refused.
+        process (`int`, *optional*, defaults to `0`):
+            Number of this process.
 
     Raises:
         CommandError: If the folder holds the journal of other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], process: int = 0) -> None:
         settings = redacted(settings)
         self.folder, self.settings = folder, settings
-        self.path = folder / JOURNAL
+        self.path = folder / (JOURNAL if process == 0 else f"{ASIDE}/journal-{process}.jsonl")
         self.entries: dict[int, dict[str, Any]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.read()
         if not self.path.exists():
             self._write([{"settings": settings}])
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A process that was killed may have left half a line
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            self.path.write_text("".join(whole), encoding="utf-8")
-        head, *rows = map(json.loads, whole or ["{}\n"])
-        before = head.get("settings", {})
-        changed = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+        whole, rest = _whole_lines(self.path)
+        if rest:
+            aside = self.path.with_suffix(".partial")
+            aside.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+            aside.replace(self.path)
+
+    def read(self) -> None:
+        """
+        Take up what this and other processes have written.
+
+        Raises:
+            CommandError: If that is of a generation with other settings.
+        """
+        for path in sorted(self.path.parent.glob("journal*.jsonl")):
+            whole, _ = _whole_lines(path)
+            if not whole:
+                continue
+            head, *rows = map(json.loads, whole)
+            self._check(head.get("settings", {}))
+            self.entries |= {entry["row"]: entry for entry in rows}
+
+    def _check(self, before: dict[str, Any]) -> None:
+        now = self.settings
+        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if changed:
-            differences = "; ".join(f"{key}: {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
+            differences = "; ".join(f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
             raise CommandError(
-                f"{folder} holds a generation with other settings ({differences}). Name another --output, or remove "
-                "the folder."
+                f"{self.folder} holds a generation with other settings ({differences}). Name another --output, or "
+                "remove the folder."
             )
-        self.entries = {entry["row"]: entry for entry in rows}
 
     def _write(self, entries: Iterable[dict[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -70,26 +90,45 @@ class Journal:
         """Rows without a result, of the first `rows`."""
         return [row for row in range(rows) if row not in self.entries]
 
-    def finish(self, dataset: Dataset) -> dict[str, Any]:
+    def finish(self, dataset: Dataset, *, has_rejected: bool = True) -> dict[str, Any]:
         """
         Write the new dataset, once every row has a result, and what came of it.
 
         Args:
             dataset ([`~datasets.Dataset`]):
                 The rows that results are for.
+            has_rejected (`bool`, *optional*, defaults to `True`):
+                Whether the rows have rejected responses of their own; where not, those without a new one are left
+                out.
 
         Returns:
             `dict[str, Any]`: counts by source and reason.
+
+        Raises:
+            CommandError: If no row is left.
         """
         entries = [self.entries[row] for row in range(len(dataset))]
-        write_rows(with_responses_of(dataset, entries), self.folder / DATA)
         counts: dict[str, int] = {}
         for entry in entries:
-            kind = entry["source"] if entry.get("reason") is None else f"{entry['source']} ({entry['reason']})"
+            source = "left out" if entry["source"] == "dataset" and not has_rejected else entry["source"]
+            kind = source if entry.get("reason") is None else f"{source} ({entry['reason']})"
             counts[kind] = counts.get(kind, 0) + 1
-        summary = {"settings": self.settings, "rows": len(entries), "sources": counts}
+        rows = with_responses_of(dataset, entries)
+        if not has_rejected:
+            rows = rows.select([row for row, entry in enumerate(entries) if entry["source"] != "dataset"])
+            if not len(rows):
+                raise CommandError(f"No row got a negative ({counts}), and the data have none of their own.")
+        write_rows(rows, self.folder / DATA)
+        summary = {"settings": self.settings, "rows": len(rows), "sources": counts}
         (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return summary
+
+
+def _whole_lines(path: Path) -> tuple[list[str], str]:
+    """The lines of a file, and what a process that was killed, or is writing, may have left of another."""
+    # Not `splitlines`, which ends lines at characters that JSON leaves as they are
+    *whole, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return whole, rest
 
 
 def write_rows(dataset: Dataset, file: Path) -> None:
@@ -138,6 +177,23 @@ def with_responses_of(dataset: Dataset, entries: list[dict[str, Any]]) -> Datase
     for name, (values, feature) in added.items():
         kept = kept.add_column(name, values, feature=Features({name: feature})[name])
     return kept
+
+
+def with_placeholders(dataset: Dataset) -> Dataset:
+    """
+    Rows that have no rejected responses yet, with something in their place until they have.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with `chosen`.
+
+    Returns:
+        [`~datasets.Dataset`] with a column `rejected`.
+    """
+    if "chosen" not in dataset.column_names:
+        raise ValueError(f"there is no column 'chosen', but {dataset.column_names}. Name the columns with --columns.")
+    values = [_response(PLACEHOLDER, chosen) if chosen else chosen for chosen in dataset["chosen"]]
+    return dataset.add_column("rejected", values, feature=dataset.features["chosen"])
 
 
 def _response(text: str | None, old: Any) -> Any:  # noqa: ANN401 (a string or messages)
