@@ -17,7 +17,7 @@ import engines
 import tiny
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_cwdpo import CWDPOConfig, CWDPOTrainer
 
@@ -38,8 +38,10 @@ def size(tensors):
 
 def everything():
     """All tensors of this process, shards within others included."""
-    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
-    return [local(tensor) for tensor in found if not tensor.is_meta]
+    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and not item.is_meta]
+    # Known to the tensors alone until they are asked for
+    gradients = [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
+    return [local(tensor) for tensor in found + gradients]
 
 
 def optimizer_state(optimizer):
@@ -66,6 +68,11 @@ class Weigh(TrainerCallback):
             "moments": size(optimizer_state(self.trainer.optimizer)),
             "all": size(everything()),
         }
+
+
+def parameters_of(model):
+    """Number of parameters of a model in a folder."""
+    return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(model).parameters())
 
 
 def weigh(model, output, precision, engine):

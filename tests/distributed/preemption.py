@@ -1,6 +1,6 @@
 """A run by the trainer's own interface that one process of several gets a signal in; called by torchrun.
 
-`torchrun --nproc_per_node 2 preemption.py MODEL OUTPUT STAGE SIGNAL`; without SIGNAL, the run goes on to its end.
+`torchrun --nproc_per_node 2 preemption.py MODEL OUTPUT STAGE`: stopped, continued, and whole.
 """
 
 import json
@@ -63,11 +63,11 @@ def run(model, output, stage, number=None):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    MODEL, OUTPUT, *_ = sys.argv[1:]
-    results = {}
-    for name in STAGES:
-        for when, given in (("stopped", signal.SIGUSR1), ("continued", None)):
-            results[f"{name} {when}"] = run(MODEL, f"{OUTPUT}/{name}", name, given)
-        results[f"{name} whole"] = run(MODEL, f"{OUTPUT}/{name}-whole", name)
+    MODEL, OUTPUT, STAGE = sys.argv[1:]
+    results = {
+        "stopped": run(MODEL, f"{OUTPUT}/out", STAGE, signal.SIGUSR1),
+        "continued": run(MODEL, f"{OUTPUT}/out", STAGE),
+        "whole": run(MODEL, f"{OUTPUT}/whole", STAGE),
+    }
     Path(OUTPUT, f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
