@@ -1,6 +1,6 @@
 """What a process really holds: bytes of weights, gradients and optimizer after a batch; called on an engine.
 
-`memory_scenario.py MODEL OUTPUT`; process r writes `OUTPUT/rank<r>.json`, with what each precision takes.
+`memory_scenario.py MODEL OUTPUT PRECISION`, "no" or "bf16"; process r writes `OUTPUT/rank<r>.json`.
 """
 
 import gc
@@ -53,20 +53,19 @@ def optimizer_state(optimizer):
 
 
 class Weigh(TrainerCallback):
-    """Weighs between two batches of a step, when gradients are there and activations are not."""
+    """Weighs between the batches of a step, when gradients are there and activations are not."""
 
-    def __init__(self, trainer):
-        self.trainer, self.found = trainer, {}
+    def __init__(self, trainer, before):
+        self.trainer, self.before, self.found = trainer, before, {}
 
     def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step != 1:
+        if state.global_step != 1:  # moments are there from the first update on
             return
         gc.collect()
-        model = self.trainer.model
         self.found = {
-            "parameters": size([local(parameter) for parameter in model.parameters()]),
+            "parameters": size([local(parameter) for parameter in self.trainer.model.parameters()]),
             "moments": size(optimizer_state(self.trainer.optimizer)),
-            "all": size(everything()),
+            "all": size(everything()) - self.before,
         }
 
 
@@ -83,24 +82,22 @@ def weigh(model, output, precision, engine):
         "max_length": 16,
     }
     args = CWDPOConfig(**tiny.training_options(output, **options, **engine.options), cooling_mode="gate")
+    gc.collect()
     before = size(everything())
     trainer = CWDPOTrainer(model, args=args, train_dataset=tiny.pairs(16))
-    scale = Weigh(trainer)
+    scale = Weigh(trainer, before)
     trainer.add_callback(scale)
     trainer.train()
     identity = engines.identity(trainer)
     assert identity == engines.expected_identity(engine, reference=False), identity
-    return {**scale.found, "all": scale.found["all"] - before}
+    return scale.found
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ENGINE = engines.this_engine()
-    MODEL, OUTPUT, *PRECISIONS = sys.argv[1:]
-    results = {}
-    for name in PRECISIONS:
-        results[name] = weigh(MODEL, Path(OUTPUT), name, ENGINE)
-        engines.forget_settings()
-    Path(OUTPUT, f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
+    MODEL, OUTPUT, PRECISION = sys.argv[1:]
+    result = weigh(MODEL, Path(OUTPUT), PRECISION, ENGINE)
+    Path(OUTPUT, f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
