@@ -18,6 +18,7 @@ from trl_cwdpo.probe_measures import (
     gradient_spikes,
     is_displaced,
     loser_share,
+    reliability,
     smooth_calibration_error,
     squeezing_index,
     token_statistics,
@@ -174,6 +175,29 @@ class TestCalibration:
         confidence, correct = generator.uniform(size=500), generator.integers(0, 2, size=500)
         theirs = classification.binary_calibration_error(torch.as_tensor(confidence), torch.as_tensor(correct), 15)
         assert expected_calibration_error(confidence, correct) == pytest.approx(theirs.item(), abs=1e-5)
+
+    def test_agrees_with_scikit_learn(self):
+        calibration = pytest.importorskip("sklearn.calibration")
+        metrics = pytest.importorskip("sklearn.metrics")
+        generator = np.random.default_rng(1)
+        confidence, correct = generator.uniform(size=500), generator.integers(0, 2, size=500)
+        accuracy, sure = calibration.calibration_curve(correct, confidence, n_bins=15)
+        _, ours, right = zip(*reliability(confidence, correct), strict=True)
+        assert ours == pytest.approx(sure)
+        assert right == pytest.approx(accuracy)
+        p, targets = generator.dirichlet(np.ones(4), size=50), generator.integers(0, 4, size=50)
+        theirs = metrics.brier_score_loss(targets, p, labels=range(4), scale_by_half=False)
+        logp, squares = np.log(p[np.arange(50), targets]), (p * p).sum(axis=1)
+        assert brier_terms(*map(torch.as_tensor, (logp, squares))).mean().item() == pytest.approx(theirs)
+
+    def test_smooth_error_agrees_with_its_authors_package(self):
+        relplot = pytest.importorskip("relplot")
+        generator = np.random.default_rng(2)
+        confidence = generator.beta(4, 1, size=1000)
+        correct = (generator.uniform(size=1000) < confidence**3).astype(float)
+        assert smooth_calibration_error(confidence, correct) == pytest.approx(
+            relplot.smECE(confidence, correct), abs=1e-3
+        )
 
     def test_smooth_error_of_one_shared_gap(self):
         # All at one place, so |r| integrates to the gap 0.3 at every width, and σ = 0.3

@@ -104,8 +104,9 @@ class DeltaLogpProbeCallback(TrainerCallback):
     """
     Probes a run: before its first update, every `steps` steps and at its end.
 
-    Works with [`CWDPOTrainer`], [`GentleNegativeSFTTrainer`], [`~trl.DPOTrainer`] and [`~trl.SFTTrainer`]. Training
-    itself is the same to the last bit as without it. The metrics `probe/*` go to the trainer's log and so to every
+    Works with [`CWDPOTrainer`], [`GentleNegativeSFTTrainer`], [`~trl.DPOTrainer`], [`~trl.SFTTrainer`] and
+    [`~trl.experimental.online_dpo.OnlineDPOTrainer`], whole or sharded. Training itself is the same to the last bit as
+    without it. The metrics `probe/*` go to the trainer's log and so to every
     tracker, the records to `probes.jsonl` of the output directory and the rows to `probe_rows.json` beside it. The
     first probe is kept in every checkpoint, so that a resumed run goes on where it was.
 

@@ -52,6 +52,7 @@ RUNS = {
     "DPOTrainer": (DPO, (), {}),
     "off": (STAGE2, (), {"cooling_mode": "off"}),
     "cooled": (STAGE2, ("probes",), EVALUATION),
+    "cooled, without probes": (STAGE2, (), {**EVALUATION, "probe_steps": 0}),
     "gated, adapter": (STAGE2, ("lora", "probes"), {"cooling_mode": "gate", **SHARED}),
     "cooled, checkpointing": (STAGE2, (), {**CHECKPOINTING, **SHARED}),
     "cooled, adapter, checkpointing": (STAGE2, ("lora",), CHECKPOINTING),

@@ -118,3 +118,14 @@ def test_switched_off_equals_dpo_trainer_on_every_engine(several, engine):
         assert ours["weights"] == theirs["weights"]
         for entry, expected in zip(ours["log"], theirs["log"], strict=True):
             assert {key: entry[key] for key in expected} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED)
+def test_training_is_the_same_without_probes_on_every_engine(several, engine):
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    for ours, plain in zip(several(engine)["cooled"], several(engine)["cooled, without probes"], strict=True):
+        assert [entry["step"] for entry in ours["log"] if "probe/ece" in entry] == [0, 2, 3]
+        assert [entry for entry in ours["log"] if "probe/ece" not in entry] == plain["log"]
+        assert ours["weights"] == plain["weights"]
