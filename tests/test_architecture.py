@@ -24,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "checkpoints",
+            "endpoints",
             "formats",
             "interrupts",
             "negative_options",

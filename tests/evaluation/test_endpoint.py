@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from PIL import Image
 
-from trl_cwdpo.evaluation.endpoint import CostCapError, EndpointJudge
+from trl_cwdpo.endpoints import CostCapError
+from trl_cwdpo.evaluation.endpoint import EndpointJudge
 from trl_cwdpo.evaluation.win_rate import Comparison, compare_responses
 
 pytest.importorskip("openai")

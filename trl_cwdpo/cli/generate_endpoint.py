@@ -5,11 +5,7 @@ that fail for now; the cost is capped; and what comes back is a negative only if
 and stays near it, by the edit distance of their words.
 """
 
-import base64
-import io
-import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -23,13 +19,11 @@ from datasets import Dataset
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.generation_journal import Journal
 from trl_cwdpo.data import response_text, with_image_list
+from trl_cwdpo.endpoints import Budget, CostCapError, Pace, content_of
+from trl_cwdpo.endpoints import make_client as make_endpoint_client
 from trl_cwdpo.negatives.selection import normalise
 
 PLACEHOLDERS = ("{prompt}", "{chosen}")
-
-
-class CostCapReached(CommandError):
-    """The next call could cost more than is allowed."""
 
 
 @dataclass(frozen=True)
@@ -70,74 +64,6 @@ class EndpointSettings:
     max_cost: float | None = None
     price_per_million: tuple[float, float] | None = None
     with_images: bool = True
-
-
-class Pace:
-    """
-    Lets callers pass one after the other, evenly spaced.
-
-    Args:
-        per_minute (`float`, *optional*):
-            Most callers a minute; `None`: all at once.
-    """
-
-    def __init__(self, per_minute: float | None) -> None:
-        self.interval = 60.0 / per_minute if per_minute else 0.0
-        self._next = 0.0
-        self._lock = threading.Lock()
-
-    def wait(self) -> None:
-        """Wait for one's turn."""
-        with self._lock:
-            now = time.monotonic()
-            turn = max(self._next, now)
-            self._next = turn + self.interval
-        time.sleep(turn - now)
-
-
-class Budget:
-    """
-    Keeps the cost of calls, whose size is known afterwards, below a cap.
-
-    Args:
-        max_cost (`float`, *optional*):
-            The cap.
-        prices (`tuple[float, float]`, *optional*):
-            Of a million prompt and completion tokens.
-    """
-
-    def __init__(self, max_cost: float | None, prices: tuple[float, float] | None) -> None:
-        self.max_cost, self.prices = max_cost, prices or (0.0, 0.0)
-        self.cost = self._dearest = 0.0
-        self._open = 0
-        self._lock = threading.Lock()
-
-    def reserve(self) -> None:
-        """Before a call: room for it and for those on their way, each as dear as the dearest so far."""
-        with self._lock:
-            # Until one call has told its price, there is one at a time
-            expected = self.cost + (self._open + 1) * self._dearest
-            if self.max_cost is not None and (expected > self.max_cost or self.cost >= self.max_cost):
-                raise CostCapReached(
-                    f"{self.cost:.4f} has been spent, and the next calls could exceed --max_cost {self.max_cost}. "
-                    "What there is is kept: raise --max_cost to continue from there."
-                )
-            self._open += 1
-
-    def settle(self, usage: Any) -> None:  # noqa: ANN401 (the client's class)
-        """After a call, with what it used."""
-        with self._lock:
-            self._open -= 1
-            if usage is None:
-                if self.max_cost is not None:
-                    raise CommandError(
-                        "The endpoint does not say how many tokens a call took, so --max_cost cannot be kept: "
-                        "leave it out."
-                    )
-                return
-            price = (usage.prompt_tokens * self.prices[0] + usage.completion_tokens * self.prices[1]) / 1e6
-            self.cost += price
-            self._dearest = max(self._dearest, price)
 
 
 def edit_distance(chosen: str, edited: str) -> float:
@@ -222,20 +148,20 @@ def make_client(settings: EndpointSettings) -> Any:  # noqa: ANN401 (a class of 
     """
     try:
         import rapidfuzz  # noqa: F401
-        from openai import OpenAI
+
+        return make_endpoint_client(
+            settings.base_url,
+            settings.api_key_variable,
+            max_retries=settings.max_retries,
+            timeout=settings.timeout,
+            extra="endpoint",
+        )
     except ModuleNotFoundError as error:
         raise CommandError(
-            f"--engine endpoint needs the package {error.name}: pip install 'trl-cwdpo[endpoint]'."
+            f"--engine endpoint needs packages that are not installed ({error}): pip install 'trl-cwdpo[endpoint]'."
         ) from error
-    key = os.environ.get(settings.api_key_variable)
-    if not key and settings.base_url is None:
-        raise CommandError(
-            f"There is no key: set the environment variable {settings.api_key_variable}, or name your own endpoint "
-            "with --base_url."
-        )
-    return OpenAI(
-        api_key=key or "none", base_url=settings.base_url, max_retries=settings.max_retries, timeout=settings.timeout
-    )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def edit_dataset(
@@ -268,14 +194,13 @@ def edit_dataset(
         CommandError: If the cap is reached or a call fails for good; results so far are kept.
     """
     template, pace = read_template(settings.prompt_file), Pace(settings.requests_per_minute)
-    budget = Budget(settings.max_cost, settings.price_per_million)
+    budget = Budget(settings.max_cost, settings.price_per_million, "--max_cost")
     lock, missing = threading.Lock(), journal.missing(len(dataset))
     progress = tqdm(total=len(missing), desc="Writing negatives", disable=not bar)
 
     def ask(messages: list[dict[str, Any]]) -> str:
         pace.wait()
         budget.reserve()
-        usage = None
         try:
             reply = client.chat.completions.create(
                 model=settings.model,
@@ -283,12 +208,10 @@ def edit_dataset(
                 temperature=settings.temperature,
                 max_tokens=settings.max_completion_length,
             )
-            usage = reply.usage
         except Exception:
-            # What failed is not charged
-            budget.settle(SimpleUsage())
+            budget.cancel()
             raise
-        budget.settle(usage)
+        budget.settle(reply.usage)
         return reply.choices[0].message.content or ""
 
     def work(row: int) -> None:
@@ -301,27 +224,15 @@ def edit_dataset(
     return budget
 
 
-@dataclass(frozen=True)
-class SimpleUsage:
-    """Tokens of a call: none, where it failed."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 def _in_parallel(work: Callable[[int], None], rows: list[int], settings: EndpointSettings) -> None:
-    capped = settings.max_cost is not None
     pool = ThreadPoolExecutor(settings.workers)
     try:
-        # With a cap the first call goes alone, since nobody knows yet what one costs
-        if capped and rows:
-            pool.submit(work, rows[0]).result()
-        futures: list[Future[None]] = [pool.submit(work, row) for row in rows[1 if capped else 0 :]]
+        futures: list[Future[None]] = [pool.submit(work, row) for row in rows]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
-    except CommandError:
-        raise
+    except CostCapError as error:
+        raise CommandError(str(error)) from error
     except Exception as error:
         kind = type(error)
         if not kind.__module__.startswith("openai"):
@@ -364,8 +275,7 @@ def edit_row(
         .replace("{prompt}", _prompt_text(row.get("prompt")))
         .replace("{chosen}", chosen)
     )
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in images]
-    content: Any = [*parts, {"type": "text", "text": text}] if parts else text
+    content = content_of(text, images)
     reason, distance = "empty", 1.0
     for _ in range(settings.attempts):
         answer = ask([{"role": "user", "content": content}]).strip()
@@ -380,9 +290,3 @@ def _prompt_text(prompt: Any) -> str:  # noqa: ANN401 (a string, messages, or no
     if not prompt or isinstance(prompt, str):
         return prompt or ""
     return "\n\n".join(response_text([message]) for message in prompt)
-
-
-def _data_url(image: Any) -> str:  # noqa: ANN401 (a PIL image)
-    stream = io.BytesIO()
-    image.convert("RGB").save(stream, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

@@ -1,11 +1,8 @@
 """A judge behind any OpenAI-compatible endpoint: answers are cached on disk, calls retried, and the cost is capped."""
 
-import base64
 import hashlib
-import io
 import json
 import logging
-import os
 import re
 import threading
 from collections.abc import Sequence
@@ -13,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from trl_cwdpo.endpoints import Budget, content_of, make_client
 from trl_cwdpo.evaluation.judges import as_messages
 from trl_cwdpo.evaluation.win_rate import LOSS, TIE, WIN, Comparison
 
@@ -25,10 +23,6 @@ INSTRUCTION = (
     "a response claims must be true{of_pictures}. Neither the order nor the length of the responses counts. Think "
     "briefly, then end with [[A]] if response A is better, [[B]] if response B is better, or [[tie]]."
 )
-
-
-class CostCapError(RuntimeError):
-    """Judging would cost more than allowed. Verdicts so far are in the cache."""
 
 
 class EndpointJudge:
@@ -83,13 +77,16 @@ class EndpointJudge:
                 "tokens."
             )
         self.model, self.base_url, self.cache_dir = model, base_url, Path(cache_dir)
-        self.max_cost, self.prices = max_cost, price_per_million or (0.0, 0.0)
+        self.budget = Budget(max_cost, price_per_million)
         self.workers, self.with_images = workers, with_images
-        self.client = client or _make_client(base_url, api_key_variable, max_retries)
-        self.cost = 0.0
+        self.client = client or make_client(base_url, api_key_variable, max_retries=max_retries, extra="eval")
         self.calls = self.cached = self.unreadable = 0
-        self._dearest = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def cost(self) -> float:
+        """What has been spent, in the unit of the prices."""
+        return self.budget.cost
 
     def __call__(self, comparisons: Sequence[Comparison]) -> list[float]:
         """
@@ -131,38 +128,20 @@ class EndpointJudge:
             with self._lock:
                 self.cached += 1
             return known
-        self._check_cost()
-        reply = self.client.chat.completions.create(**request)
+        self.budget.reserve()
+        with self._lock:
+            self.calls += 1
+        try:
+            reply = self.client.chat.completions.create(**request)
+        except Exception:
+            self.budget.cancel()
+            raise
         answer = reply.choices[0].message.content or ""
-        self._pay(reply.usage)
+        self.budget.settle(reply.usage)
         aside = file.with_suffix(f".{threading.get_ident()}.tmp")
         aside.write_text(json.dumps({"answer": answer}), encoding="utf-8")
         aside.replace(file)
         return answer
-
-    def _check_cost(self) -> None:
-        with self._lock:
-            self.calls += 1
-            # What a call costs is known afterwards: leave room for the dearest one so far in every worker
-            if self.max_cost is not None and self.cost + self.workers * self._dearest > self.max_cost:
-                raise CostCapError(
-                    f"Judging has cost {self.cost:.4f} in {self.calls - 1} calls, and the next ones could exceed "
-                    f"`max_cost`={self.max_cost}. Verdicts so far are in {self.cache_dir}; raise `max_cost` to "
-                    "continue from there."
-                )
-
-    def _pay(self, usage: Any) -> None:  # noqa: ANN401
-        if usage is None:
-            if self.max_cost is not None:
-                raise CostCapError(
-                    "The endpoint does not say how many tokens a call took, so `max_cost` cannot be kept; leave it "
-                    "out."
-                )
-            return
-        price = (usage.prompt_tokens * self.prices[0] + usage.completion_tokens * self.prices[1]) / 1e6
-        with self._lock:
-            self.cost += price
-            self._dearest = max(self._dearest, price)
 
     def _messages(self, pair: Comparison) -> list[dict[str, Any]]:
         images = _images(pair.row) if self.with_images else []
@@ -171,20 +150,10 @@ class EndpointJudge:
         )
         request = "\n\n".join(message["content"] for message in as_messages(pair.prompt))
         text = f"Request:\n{request}\n\nResponse A:\n{pair.first}\n\nResponse B:\n{pair.second}"
-        parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in images]
-        content: Any = [*parts, {"type": "text", "text": text}] if parts else text
-        return [{"role": "system", "content": instruction}, {"role": "user", "content": content}]
-
-
-def _make_client(base_url: str | None, variable: str, max_retries: int) -> Any:  # noqa: ANN401
-    try:
-        from openai import OpenAI
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("An endpoint judge needs openai: pip install 'trl-cwdpo[eval]'.") from error
-    key = os.environ.get(variable)
-    if not key and base_url is None:
-        raise ValueError(f"There is no key: set the environment variable {variable}, or name your own `base_url`.")
-    return OpenAI(api_key=key or "none", base_url=base_url, max_retries=max_retries)
+        return [
+            {"role": "system", "content": instruction},
+            {"role": "user", "content": content_of(text, images)},
+        ]
 
 
 def _read_cache(file: Path) -> str | None:
@@ -197,9 +166,3 @@ def _read_cache(file: Path) -> str | None:
 def _images(row: dict[str, Any]) -> list[Any]:
     images = row.get("images")
     return list(images) if images else [row["image"]] if row.get("image") is not None else []
-
-
-def _data_url(image: Any) -> str:  # noqa: ANN401 (a PIL image)
-    stream = io.BytesIO()
-    image.convert("RGB").save(stream, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
