@@ -87,7 +87,13 @@ def main() -> None:
     for count, limit, mean_length in SETUPS:
         model, prompts = build(settings.hidden_size, settings.layers, mean_length), prompts_of(count)
         config = GenerationConfig(
-            max_new_tokens=limit, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=END, pad_token_id=PAD
+            max_new_tokens=limit,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            eos_token_id=END,
+            pad_token_id=PAD,
         )
         seconds: dict[Any, list[float]] = {plain: [], continuous: []}
         tokens: list[int] = []
