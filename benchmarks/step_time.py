@@ -4,7 +4,7 @@ Every variant gets the same model and the same batches, and their losses are com
 measured is loss, backward pass and optimizer step of one pair; loading data is left out. On a CPU the time is that of
 the process, so that others on the machine disturb it little; run it with `OMP_NUM_THREADS=1`.
 
-    OMP_NUM_THREADS=1 python benchmarks/step_time.py --output docs/results/performance.md
+    OMP_NUM_THREADS=1 python benchmarks/step_time.py --output results/performance.md
     python benchmarks/step_time.py --device cuda --grid gpu --output performance-gpu.md
     python benchmarks/step_time.py --device cuda --grid gpu --families text --attention flex_attention
 """
@@ -298,7 +298,7 @@ def compare(
 
 def table(results: list[Result]) -> str:
     """Markdown: a row for each shape, time and counted arithmetic of each variant."""
-    names = [name for name in VARIANTS if name != "TRL"]
+    names = [name for name in VARIANTS if name in {result.variant for result in results} - {"TRL"}]
     lines = [
         "| model | tuning | prompt | completion | TRL, s | "
         + " | ".join(f"{name}: time (FLOPs) memory" for name in names)
@@ -376,7 +376,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=["qwen2.5-vl", "text", "llava"])
     parser.add_argument("--tunings", nargs="+", default=["full", "lora"], choices=["full", "lora"])
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS][1:], choices=[*VARIANTS][1:])
     parser.add_argument("--grid", default="cpu", choices=list(GRIDS))
+    shapes = {"nargs": "+", "type": lambda text: tuple(map(int, text.split("x"))), "metavar": "PROMPTxCOMPLETION"}
+    parser.add_argument("--shapes", help="Of text, instead of the grid's.", **shapes)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
@@ -391,13 +394,13 @@ def main() -> None:
     options = parse()
     results: list[Result] = []
     for family in options.families:
-        grid = GRIDS[options.grid] if family == "text" else VISION_GRIDS[options.grid]
+        grid = (options.shapes or GRIDS[options.grid]) if family == "text" else VISION_GRIDS[options.grid]
         for tuning in options.tunings:
             with tempfile.TemporaryDirectory() as folder:
                 torch.manual_seed(0)
                 build(family, options.width, options.layers).save_pretrained(folder)
                 place = (folder, tuning, options.device, options.attention)
-                contestants = {name: Contestant(name, *place) for name in VARIANTS}
+                contestants = {name: Contestant(name, *place) for name in ["TRL", *options.variants]}
                 for shape in grid:
                     results += compare(contestants, (family, tuning), shape, options)
             write(results, options)
