@@ -71,6 +71,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             "alerts",
             "faults",
+            "frozen_norms",
             "initial_negatives",
             "lengths",
             "loading",

@@ -134,9 +134,9 @@ def test_the_smoke_matrix_has_every_method():
 # --- tasks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("shapes")])
 def test_tasks_repeat_themselves_and_keep_rows_apart(name, tmp_path):
-    task, data = make_task(name), Data(stage1_pairs=6, stage2_pairs=5, validation=4, test=3)
+    task, data = make_task(name, tmp_path), Data(stage1_pairs=6, stage2_pairs=5, validation=4, test=3)
     stage1, stage2 = task.training_pairs(data, seed=1)
     held_out = task.held_out(data)
     assert [len(stage1), len(stage2), len(held_out["validation"]), len(held_out["test"])] == [6, 5, 4, 3]

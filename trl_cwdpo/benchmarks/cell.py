@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     PrinterCallback,
     TrainerCallback,
@@ -116,14 +117,21 @@ class Runner:
             **settings.options,
         }
         config = GentleNegativeSFTConfig(**_training_options(folder, seed), **options)
+        processor = load_processor(str(base))
         trainer = GentleNegativeSFTTrainer(
             model=_load(base),
             args=config,
             train_dataset=self.pairs(regime, seed)[0],
-            processing_class=load_processor(str(base)),
+            processing_class=processor,
+            peft_config=self._adapter(),
         )
         _train(trainer)
-        trainer.save_model()
+        if not self.matrix.lora:
+            trainer.save_model()
+            return
+        # A model without adapter: stage 2 starts a new one, and is its own reference with that one off
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+        processor.save_pretrained(folder)
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
@@ -203,6 +211,7 @@ class Runner:
             "model": str(start),
             "train_dataset": self.pairs(cell.regime, cell.seed)[1],
             "processing_class": processor,
+            "peft_config": self._adapter(),
         }
         if method.kind == SFT:
             # Options about pairs and negatives mean nothing to a method that sees the chosen responses alone
@@ -216,6 +225,9 @@ class Runner:
         if method.kind == PAIR_LOSS:
             return PairLossTrainer(pair_loss=getattr(baselines, str(method.pair_loss)), **shared)
         return CWDPOTrainer(**shared)
+
+    def _adapter(self) -> LoraConfig | None:
+        return LoraConfig(**self.matrix.lora) if self.matrix.lora else None
 
     def _reward(self, stage2: Stage2) -> dict[str, Any]:
         return {"negative_reward_funcs": [self.task.reward]} if stage2.reward else {}

@@ -181,7 +181,7 @@ class Matrix:
         task (`str`, *optional*, defaults to `"shapes-captions"`):
             The task.
         selection_seeds (`list[int]`, *optional*):
-            Seeds of the grid.
+            Seeds of the grid; may be empty where the grid has one setting, which then needs no choice.
         seeds (`list[int]`, *optional*):
             Seeds of the comparison, none of them among those; empty runs the grid alone.
         regimes (`dict[str, Regime]`, *optional*):
@@ -189,6 +189,9 @@ class Matrix:
         base ([`Base`], *optional*), data ([`Data`], *optional*), stage1 ([`Stage1`], *optional*), \
         stage2 ([`Stage2`], *optional*):
             See there.
+        lora (`dict[str, Any]`, *optional*):
+            Arguments of [`~peft.LoraConfig`], for both stages; empty trains all weights. The adapter of stage 1 is
+            merged before stage 2.
         curve_points (`int`, *optional*, defaults to `4`):
             How often a run of the comparison is measured on the way, for learning curves.
         curve_rows (`int`, *optional*, defaults to `100`):
@@ -209,6 +212,7 @@ class Matrix:
     data: Data = field(default_factory=Data)
     stage1: Stage1 = field(default_factory=Stage1)
     stage2: Stage2 = field(default_factory=Stage2)
+    lora: dict[str, Any] = field(default_factory=dict)
     curve_points: int = 4
     curve_rows: int = 100
     tolerance: float = 0.02
@@ -218,7 +222,12 @@ class Matrix:
         for name, entry in self.methods.items():
             _one_of(f"methods.{name}.method", entry.method, METHODS)
             _one_of(f"methods.{name}.stage1", entry.stage1, STAGE1_FORMS)
-        for name in ("methods", "regimes", "selection_seeds"):
+        if not self.selection_seeds and (len(self.grid.learning_rate) > 1 or len(self.grid.beta) > 1):
+            raise MatrixError(
+                "`selection_seeds` is empty, but `grid` has several settings to choose from. Name a seed, or leave "
+                "one learning_rate and one beta."
+            )
+        for name in ("methods", "regimes"):
             if not getattr(self, name):
                 raise MatrixError(f"`{name}` is empty: there is nothing to run. Name at least one.")
         if not self.grid.learning_rate or not self.grid.beta:
@@ -261,6 +270,11 @@ class Matrix:
                     for learning_rate, beta in self.settings(entry):
                         yield Cell(regime, name, learning_rate, beta, seed)
 
+    def only_settings(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """The setting of each regime and method where the grid has one."""
+        setting = (self.grid.learning_rate[0], self.grid.beta[0])
+        return {(regime, name): setting for regime in self.regimes for name in self.methods}
+
     def final_cells(self, chosen: Mapping[tuple[str, str], tuple[float, float]]) -> "Iterator[Cell]":
         """The cells of the comparison, given the chosen setting of each regime and method."""
         for seed in self.seeds:
@@ -276,7 +290,7 @@ class Matrix:
         if stage1 == "skip":
             form: dict[str, Any] = {"stage1": "skip"}
         else:
-            form = {"stage1": {"negative_loss_type": stage1, **asdict(self.stage1)}, "seed": seed}
+            form = {"stage1": {"negative_loss_type": stage1, **asdict(self.stage1)}, "seed": seed, **self._lora()}
         data = asdict(self.data_of(regime))
         return {
             "task": self.task,
@@ -286,6 +300,10 @@ class Matrix:
             "splits": self.splits(seed),
             **form,
         }
+
+    def _lora(self) -> dict[str, Any]:
+        # Left out where there is none, so that results of before there was the key stay valid
+        return {"lora": self.lora} if self.lora else {}
 
     def cell_settings(self, cell: "Cell") -> dict[str, Any]:
         """All that the outcome of a cell depends on."""
@@ -300,6 +318,7 @@ class Matrix:
             "beta": cell.beta,
             "seed": cell.seed,
             "curve": [self.curve_points, self.curve_rows] if cell.seed in self.seeds else None,
+            **self._lora(),
         }
 
 

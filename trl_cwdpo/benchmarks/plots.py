@@ -38,7 +38,8 @@ def draw_plots(
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for regime in matrix.regimes:
-        files.append(_grid_plot(matrix, grid, regime, folder / f"grid-{regime}.png", score_name))
+        if grid:
+            files.append(_grid_plot(matrix, grid, regime, folder / f"grid-{regime}.png", score_name))
         if final and matrix.curve_points:
             files.append(_curve_plot(matrix, final, regime, folder / f"curves-{regime}.png", score_name))
     return files

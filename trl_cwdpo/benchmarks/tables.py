@@ -23,7 +23,12 @@ MISSING = "–"
 
 
 def report(
-    matrix: Matrix, grid: Sequence[Mapping[str, Any]], final: Sequence[Mapping[str, Any]], *, score_name: str = "score"
+    matrix: Matrix,
+    grid: Sequence[Mapping[str, Any]],
+    final: Sequence[Mapping[str, Any]],
+    *,
+    score_name: str = "score",
+    own_measures: Mapping[str, tuple[str, int]] | None = None,
 ) -> str:
     """
     All tables of a benchmark.
@@ -37,13 +42,17 @@ def report(
             Results of the comparison's seeds; may be empty.
         score_name (`str`, *optional*, defaults to `"score"`):
             What the task's scores are.
+        own_measures (`Mapping[str, tuple[str, int]]`, *optional*):
+            Measures of the task's own that the comparison shows, with headline and decimals.
 
     Returns:
         `str`: Markdown.
     """
-    parts = [_methods(matrix), _grid_part(matrix, grid, score_name)]
+    parts = [_methods(matrix)]
+    if grid:
+        parts.append(_grid_part(matrix, grid, score_name))
     if final:
-        parts.append(_final_part(matrix, grid, final, score_name))
+        parts.append(_final_part(matrix, grid, final, score_name, own_measures or {}))
     return "\n\n".join(parts) + "\n"
 
 
@@ -136,33 +145,38 @@ def _scores_text(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _final_part(
-    matrix: Matrix, grid: Sequence[Mapping[str, Any]], final: Sequence[Mapping[str, Any]], score_name: str
+    matrix: Matrix,
+    grid: Sequence[Mapping[str, Any]],
+    final: Sequence[Mapping[str, Any]],
+    score_name: str,
+    own_measures: Mapping[str, tuple[str, int]],
 ) -> str:
     seeds = ", ".join(map(str, matrix.seeds))
+    setting = "its own best setting, chosen on the validation rows of the selection seeds"
+    if not matrix.selection_seeds:
+        setting = "the same setting, which nothing chose"
     lines = [
         "## Comparison",
-        f"Each method at its own best setting, chosen on the validation rows of the selection seeds; test rows, seeds "
-        f"{seeds} (used for nothing else); mean and 95 % interval over seeds (Student's t).",
+        f"Each method at {setting}; test rows, seeds {seeds} (used for nothing else); mean and 95 % interval over "
+        "seeds (Student's t).",
     ]
-    chosen, measures, rates = choose_settings(grid), comparison(final, matrix), win_rates(final)
+    chosen = choose_settings(grid) if matrix.selection_seeds else matrix.only_settings()
+    measures, rates = comparison(final, matrix), win_rates(final)
+    shown = {**MEASURES, **own_measures}
     for regime in matrix.regimes:
         names = [name for name in matrix.methods if (regime, name) in measures]
         lines.append(f"### Regime {regime}")
-        headers = ["method", "lr, β", *(_headline(name, score_name) for name in MEASURES)]
+        headers = ["method", "lr, β", *(score_name if key == "score" else head for key, (head, _) in shown.items())]
         rows = [
             [
                 name,
                 "{:g}, {:g}".format(*chosen[regime, name]),
-                *(interval_text(measures[regime, name].get(key), digits) for key, (_, digits) in MEASURES.items()),
+                *(interval_text(measures[regime, name].get(key), digits) for key, (_, digits) in shown.items()),
             ]
             for name in names
         ]
         lines += [markdown_table(headers, rows), _win_rate_table(regime, names, rates)]
     return "\n\n".join(lines)
-
-
-def _headline(name: str, score_name: str) -> str:
-    return score_name if name == "score" else MEASURES[name][0]
 
 
 def _win_rate_table(regime: str, names: Sequence[str], rates: Mapping[tuple[str, str, str], WinRate]) -> str:

@@ -15,6 +15,8 @@ class Task(Protocol):
     name: str
     # What the rows of its tables are scored by, for headlines
     score_name: str
+    # Measures of its own that tables show, with headline and decimals
+    own_measures: Mapping[str, tuple[str, int]]
     # Scores sampled responses in training, in the signature of TRL's reward functions
     reward: Callable[..., list[float]]
 

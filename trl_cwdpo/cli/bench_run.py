@@ -14,6 +14,7 @@ from trl_cwdpo.benchmarks.plots import draw_plots
 from trl_cwdpo.benchmarks.schedule import read_results, run_cells
 from trl_cwdpo.benchmarks.summary import choose_settings
 from trl_cwdpo.benchmarks.tables import report
+from trl_cwdpo.benchmarks.task import Task
 from trl_cwdpo.cli.bench_tasks import TASKS, make_task
 from trl_cwdpo.cli.env import devices, versions
 from trl_cwdpo.cli.errors import CommandError
@@ -53,11 +54,11 @@ def run_bench(values: Any, *, folder: Path, cache: Path, jobs: int = 1, report_o
         raise CommandError(f"The folder cannot be used: {error}. Name another.") from error
     if report_only:
         grid, final = _done(matrix, folder)
-        if not grid:
+        if not grid and not final:
             raise CommandError(f"No cell of this matrix is done in {folder}: run it without --report_only first.")
     else:
         grid, final = _run(matrix, folder, cache, jobs)
-    return _write(matrix, grid, final, folder)
+    return _write(matrix, grid, final, folder, make_task(matrix.task, cache))
 
 
 def read_matrix(values: Any) -> Matrix:  # noqa: ANN401 (whatever YAML holds)
@@ -85,7 +86,7 @@ def read_matrix(values: Any) -> Matrix:  # noqa: ANN401 (whatever YAML holds)
 
 def make_runner(matrix: Matrix, folder: Path, cache: Path) -> Runner:
     """A runner of a matrix; called in each process."""
-    return Runner(matrix, make_task(matrix.task), folder, cache)
+    return Runner(matrix, make_task(matrix.task, cache), folder, cache)
 
 
 def _run(matrix: Matrix, folder: Path, cache: Path, jobs: int) -> tuple[Results, Results]:
@@ -93,14 +94,18 @@ def _run(matrix: Matrix, folder: Path, cache: Path, jobs: int) -> tuple[Results,
     with quiet(bars=False):
         # Before the processes start, which would all pretrain
         for regime in matrix.regimes:
-            make_task(matrix.task).build_base(cache, matrix.base_of(regime))
+            make_task(matrix.task, cache).build_base(cache, matrix.base_of(regime))
         cells = list(matrix.grid_cells())
         print(f"Grid: {len(cells)} cells", flush=True)
-        grid = run_cells(factory, cells, jobs=jobs, report=_tell)
-        final_cells = list(matrix.final_cells(choose_settings(grid)))
+        grid = run_cells(factory, cells, jobs=jobs, report=_tell) if cells else []
+        final_cells = list(matrix.final_cells(_chosen(matrix, grid)))
         print(f"Comparison: {len(final_cells)} cells", flush=True)
         final = run_cells(factory, final_cells, jobs=jobs, report=_tell) if final_cells else []
     return grid, final
+
+
+def _chosen(matrix: Matrix, grid: Results) -> dict[tuple[str, str], tuple[float, float]]:
+    return choose_settings(grid) if matrix.selection_seeds else matrix.only_settings()
 
 
 def _tell(line: str) -> None:
@@ -109,7 +114,7 @@ def _tell(line: str) -> None:
 
 def _done(matrix: Matrix, folder: Path) -> tuple[Results, Results]:
     grid = _known(matrix, folder, list(matrix.grid_cells()))
-    return grid, _known(matrix, folder, list(matrix.final_cells(choose_settings(grid))))
+    return grid, _known(matrix, folder, list(matrix.final_cells(_chosen(matrix, grid))))
 
 
 def _known(matrix: Matrix, folder: Path, cells: Sequence[Cell]) -> Results:
@@ -117,13 +122,13 @@ def _known(matrix: Matrix, folder: Path, cells: Sequence[Cell]) -> Results:
     return [result for result in results if result is not None]
 
 
-def _write(matrix: Matrix, grid: Results, final: Results, folder: Path) -> str:
-    score_name = make_task(matrix.task).score_name
-    text = report(matrix, grid, final, score_name=score_name)
+def _write(matrix: Matrix, grid: Results, final: Results, folder: Path, task: Task) -> str:
+    score_name = task.score_name
+    text = report(matrix, grid, final, score_name=score_name, own_measures=task.own_measures)
     (folder / REPORT).write_text(text, encoding="utf-8")
     chosen = [
         {"regime": regime, "method": method, "learning_rate": setting[0], "beta": setting[1]}
-        for (regime, method), setting in choose_settings(grid).items()
+        for (regime, method), setting in _chosen(matrix, grid).items()
     ]
     record = {"matrix": asdict(matrix), "chosen": chosen, "versions": versions(), "devices": devices()}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -132,5 +137,5 @@ def _write(matrix: Matrix, grid: Results, final: Results, folder: Path) -> str:
         print("No plots: matplotlib is missing; pip install 'trl-cwdpo[report]' and add --report_only.")
     else:
         files = draw_plots(matrix, grid, final, folder / "plots", score_name=score_name)
-        print(f"Plots: {', '.join(map(str, files))}")
+        print(f"Plots: {', '.join(map(str, files)) or 'none, there is neither a grid nor a learning curve'}")
     return text

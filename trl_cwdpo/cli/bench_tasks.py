@@ -1,4 +1,4 @@
-"""The tasks that come along: captions of drawn shapes, and yes-no questions about them."""
+"""The tasks that come along: captions of drawn shapes, yes-no questions about them, and names of real pictures."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from trl_cwdpo.benchmarks.matrix import Base, Data
 from trl_cwdpo.benchmarks.task import Task
+from trl_cwdpo.cli.bench_pictures import RealPictures
 from trl_cwdpo.cli.bench_questions import (
     answer_probabilities,
     answer_questions,
@@ -33,6 +34,7 @@ class ShapesCaptions:
 
     name = "shapes-captions"
     score_name = "attribute accuracy"
+    own_measures: Mapping[str, tuple[str, int]] = {}
     reward: Callable[..., list[float]] = staticmethod(attribute_reward)
     prompt = PROMPT
 
@@ -78,6 +80,7 @@ class ShapesQuestions(ShapesCaptions):
 
     name = "shapes-questions"
     score_name = "accuracy"
+    own_measures: Mapping[str, tuple[str, int]] = {"answer_ece": ("ECE of the answer", 3)}
     reward = staticmethod(answer_reward)
 
     def training_pairs(self, data: Data, seed: int) -> tuple[Dataset, Dataset]:
@@ -104,9 +107,14 @@ class ShapesQuestions(ShapesCaptions):
         return yes_no_measures(answer_probabilities(model, processor, rows), responses, list(rows["answer"]))
 
 
-TASKS: dict[str, type[ShapesCaptions]] = {task.name: task for task in (ShapesCaptions, ShapesQuestions)}
+# From the folder of cached models to the task
+TASKS: dict[str, Callable[[Path], Task]] = {
+    ShapesCaptions.name: lambda cache: ShapesCaptions(),
+    ShapesQuestions.name: lambda cache: ShapesQuestions(),
+    RealPictures.name: RealPictures,
+}
 
 
-def make_task(name: str) -> Task:
-    """The task of a name of `TASKS`."""
-    return TASKS[name]()
+def make_task(name: str, cache: Path) -> Task:
+    """The task of a name of `TASKS`; what it needs that is not made by itself lies in `cache`."""
+    return TASKS[name](cache)
