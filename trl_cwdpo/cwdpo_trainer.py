@@ -32,7 +32,6 @@ from .callbacks import add_configured_callbacks
 from .cwdpo_config import CWDPOConfig
 from .data import AnyDatasets, PreferenceCollator
 from .faults import stop_if_not_finite
-from .frozen_norms import keep_frozen_statistics
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
 from .negative_options import check_fraction
@@ -158,7 +157,6 @@ class CWDPOTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinished, DPOTraine
             )
         prepare_for_sharding(upstream.inner_model(self))
         keep_trainable(self.model, self.ref_model)
-        keep_frozen_statistics(upstream.inner_model(self))
         if data_collator is None:
             drop_overlong_pairs(self)
         collator = processors.collator_for_responses(self.data_collator)

@@ -7,9 +7,22 @@ loaded on.
 """
 
 import types
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class KeepsFrozenStatistics:
+    """Mixin for a [`~transformers.Trainer`]: trains with [`keep_frozen_statistics`]."""
+
+    model: Any
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (transformers' arguments and output)
+        """As [`~transformers.Trainer`]."""
+        keep_frozen_statistics(self.model)
+        parent: Any = super()
+        return parent.train(*args, **kwargs)
 
 
 def keep_frozen_statistics(model: nn.Module) -> int:

@@ -30,7 +30,6 @@ from . import objectives, upstream
 from .callbacks import add_configured_callbacks
 from .data import AnyDatasets, PreferenceCollator, one_side
 from .faults import stop_if_not_finite
-from .frozen_norms import keep_frozen_statistics
 from .gentle_negative_sft_config import GentleNegativeSFTConfig
 from .initial_negatives import measure_initial_negatives
 from .lengths import drop_overlong_pairs, with_pair_lengths
@@ -130,7 +129,6 @@ class GentleNegativeSFTTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinishe
         self._refuse_sequence_parallelism()
         prepare_for_sharding(upstream.inner_model(self))
         keep_trainable(self.model)
-        keep_frozen_statistics(upstream.inner_model(self))
         if data_collator is None:
             drop_overlong_pairs(self)
         self._adapt(data_collator)

@@ -4,6 +4,7 @@ A model answers by the likeliest of a few names: the right one, others of its su
 (easy). A name's score is the log-probability of its tokens and of the end token, divided by their number.
 """
 
+import json
 import random
 import shutil
 import tempfile
@@ -96,7 +97,8 @@ class RealPictures:
     def build_base(self, folder: Path, base: Base) -> Path:
         """See [`~trl_cwdpo.benchmarks.task.Task`]: the fetched model with its projector trained on the train split."""
         source = self._found(MODEL)
-        target = folder / FOLDER / f"aligned-{base.steps}-{base.scenes}-seed{base.seed}"
+        tokens = json.loads((source / "config.json").read_text(encoding="utf-8"))["image_seq_length"]
+        target = folder / FOLDER / f"aligned-{tokens}-tokens-{base.steps}-{base.scenes}-seed{base.seed}"
         if target.is_dir():
             return target
         rows = _one_a_picture(self.pictures["train"])
