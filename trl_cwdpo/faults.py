@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import upstream
 from .data import excerpt
-from .hangs import HungProcessError, ProgressBoard, timed_out
+from .hangs import HungProcessError, ProgressBoard, timed_out, warn_of_restarts
 from .row_lookup import find_pair, find_sampled_pair
 
 ROWS_SHOWN = 5
@@ -137,6 +137,8 @@ class GuardedTraining:
         if not torch.distributed.is_initialized() or self.accelerator.num_processes == 1:
             return parent.train(*args, **kwargs)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if rank == 0:
+            warn_of_restarts()
         self._board = ProgressBoard(rank, world, float(self.args.ddp_timeout))
         try:
             with self._board.watching():

@@ -7,6 +7,7 @@ has got, and a thread that finds no progress for most of the timeout compares th
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -129,6 +130,22 @@ class ProgressBoard:
 
     def _read(self, key: str, default: str) -> str:
         return self.store.get(key).decode() if self.store.check([key]) else default
+
+
+def warn_of_restarts() -> None:
+    """
+    Warn of a launcher that is to start processes again, but keeps the addresses of those that have ended.
+
+    torchrun and `accelerate launch` share one store with the processes that they start. With `--max-restarts` new
+    processes find the addresses of the old ones in it, and wait for these.
+    """
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        logger.warning(
+            "The launcher's `--max-restarts` can make processes that are started again wait for those that have "
+            "ended. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment that torchrun or `accelerate launch` "
+            "is started in, and train with `resume_from_checkpoint='auto'`."
+        )
 
 
 def timed_out(error: BaseException) -> bool:
