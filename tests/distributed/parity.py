@@ -3,6 +3,8 @@
 Process r writes one file per run, `OUTPUT/NAME-rank<r>.json`, as soon as the run is over.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -19,11 +21,13 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from trl_cwdpo import (
+    CurriculumCallback,
     CWDPOConfig,
     CWDPOTrainer,
     DeltaLogpProbeCallback,
     GentleNegativeSFTConfig,
     GentleNegativeSFTTrainer,
+    probes,
 )
 from trl_cwdpo.upstream.models import load_model
 
@@ -41,6 +45,8 @@ EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
 SHARED = {"share_prefix": True}
 CHECKPOINTING = {"gradient_checkpointing": True}
 ACCUMULATION = {"gradient_accumulation_steps": 2}
+# Ends with the weights of the best probe
+STOPPED = {"probe_early_stopping": True, "probe_restore_best": True, "probe_steps": 1, "max_steps": 6, **EVALUATION}
 # Of 24 pairs, the 23rd and 24th are missing: the last batch of the epoch is half full
 UNEVEN = {"num_train_epochs": 1, "max_steps": -1}
 SAMPLED = {"dataset_negative_fraction": 0.0, "negative_max_completion_length": 8}
@@ -70,10 +76,16 @@ RUNS = {
     "sampled, accumulated": (STAGE2, ("uneven",), {**SAMPLED, **UNEVEN, **ACCUMULATION, "negative_refresh_steps": 2}),
     "sampled, pictures": (STAGE2, ("pictures",), {**HARDEST, "dataset_negative_fraction": 0.5}),
     "sampled, pictures, adapter": (STAGE2, ("pictures", "lora"), {**HARDEST, **CHECKPOINTING}),
+    "cooled, own reference": (STAGE2, ("reference",), {}),
+    "cooled, adapter, bf16": (STAGE2, ("lora",), {"bf16": True}),
+    "cooled, curriculum": (STAGE2, ("curriculum",), {"probe_steps": 0}),
+    "cooled, stopped early": (STAGE2, ("stops",), STOPPED),
     "smoothed": (STAGE1, ("probes",), {**EVALUATION, **SHARED}),
     "smoothed, adapter": (STAGE1, ("lora",), {}),
     "smoothed, adapter, checkpointing": (STAGE1, ("lora",), {**CHECKPOINTING, **SHARED}),
     "smoothed, accumulated": (STAGE1, (), ACCUMULATION),
+    "smoothed, curriculum, adapter": (STAGE1, ("curriculum", "lora"), {"probe_steps": 0}),
+    "smoothed, stopped early, adapter": (STAGE1, ("stops", "lora"), STOPPED),
     "smoothed, uneven": (STAGE1, ("uneven",), UNEVEN),
     "smoothed, bf16": (STAGE1, (), {"bf16": True}),
     "hinge of the batch": (STAGE1, (), HINGE),
@@ -132,10 +144,33 @@ def build(name, models, output, **overrides):
         args.reference_cache_dir = str(Path(output, "reference"))
     if "eval_strategy" in options:
         extra["eval_dataset"] = test
+    if "reference" in features:
+        extra["ref_model"] = load_model(folder)
+        with torch.no_grad():
+            for value in extra["ref_model"].parameters():
+                value.mul_(0.9)
     trainer = trainer_class(model, args=args, train_dataset=train, **extra)
     if "probes" in features:
         trainer.add_callback(DeltaLogpProbeCallback(trainer, test, size=5, steps=2, batch_size=2))
+    if "curriculum" in features:
+        trainer.add_callback(CurriculumCallback(trainer))
     return trainer
+
+
+@contextlib.contextmanager
+def disagreeing_probes():
+    """Probes that raise a flag from step 2 on, as the main process sees it; the others see none."""
+    original = probes.measure
+
+    def measure(*args, step, **kwargs):
+        far = step >= 2 and os.environ.get("RANK", "0") == "0"
+        return dataclasses.replace(original(*args, step=step, **kwargs), total_variation=0.5 if far else 0.0)
+
+    probes.measure = measure
+    try:
+        yield
+    finally:
+        probes.measure = original
 
 
 def log_of(trainer):
@@ -159,6 +194,7 @@ def record(trainer):
     found = getattr(trainer, "calibration", None)
     return {
         "identity": engines.identity(trainer),
+        "steps": [trainer.state.global_step, trainer.state.best_global_step],
         "log": log_of(trainer),
         "weights": weights_of(trainer),
         "calibration": None if found is None else found.to_dict(),
@@ -176,7 +212,8 @@ def run(name, models, output, **overrides):
     """Train, and say what became of it."""
     engines.forget_settings()
     trainer = build(name, models, output, **overrides)
-    trainer.train()
+    with disagreeing_probes() if "stops" in RUNS[name][1] else contextlib.nullcontext():
+        trainer.train()
     return record(trainer)
 
 
@@ -203,6 +240,7 @@ def numbers(name, result):
     }
     for key, sums in result["weights"].items():
         found |= {f"weights.{key}": sums[0], f"weights.{key}.abs": sums[1]}
+    found |= {f"steps.{index}": step for index, step in enumerate(result["steps"]) if step is not None}
     calibration = result["calibration"] or {}
     return found | {f"calibration.{key}": calibration[key] for key in ("floor", "temperature") if key in calibration}
 
