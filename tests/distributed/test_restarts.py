@@ -21,7 +21,7 @@ LAUNCHERS = {
     "accelerate": (
         *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-        *("--max_restarts", "1", "--monitor_interval", "0.5"),
+        *("--max_restarts", "1", "--monitor_interval", "0.5", "--rdzv_backend", "c10d"),
     ),
 }
 

@@ -79,7 +79,7 @@ def launch(stage: Stage, line: CommandLine) -> int:
     # How processes ended is reported here, and by themselves
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    # Processes that are started again must not find the addresses of those that have ended (`--max_restarts`)
+    # Processes that `--max_restarts` starts again must not find the addresses of those that have ended
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Signals meant to end a run are ours: torch would give the processes 30 seconds and then kill them
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
