@@ -143,9 +143,9 @@ def warn_of_restarts() -> None:
     if shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         logger.warning(
             "The launcher's `--max-restarts` can make processes that are started again wait for those that have "
-            "ended. Start torchrun or `accelerate launch` with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment "
-            "and the rendezvous c10d (`--rdzv_backend c10d`, or torchrun's `--standalone`), and train with "
-            "`resume_from_checkpoint='auto'`."
+            "ended. Start torchrun or `accelerate launch` with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+            "environment and the rendezvous c10d (`--rdzv_backend c10d`, or torchrun's `--standalone`), and "
+            "train with `resume_from_checkpoint='auto'`."
         )
 
 
