@@ -74,6 +74,7 @@ RUNS = {
     # Long enough for the responses of one process to end before those of the other
     "sampled, adapter": (STAGE2, ("lora",), {**SAMPLED, **CHECKPOINTING, "negative_max_completion_length": 96}),
     "sampled, accumulated": (STAGE2, ("uneven",), {**SAMPLED, **UNEVEN, **ACCUMULATION, "negative_refresh_steps": 2}),
+    "sampled, weights layer by layer": (STAGE2, (), {**SAMPLED, "ds3_gather_for_generation": False}),
     "sampled, pictures": (STAGE2, ("pictures",), {**HARDEST, "dataset_negative_fraction": 0.5}),
     "sampled, pictures, adapter": (STAGE2, ("pictures", "lora"), {**HARDEST, **CHECKPOINTING}),
     "cooled, own reference": (STAGE2, ("reference",), {}),
