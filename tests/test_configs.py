@@ -397,6 +397,7 @@ NEGATIVE_VALUES = {
     "dataset_negative_fraction_end": 1.0,
     "num_negative_generations": 4,
     "negative_selection": "hardest",
+    "negative_reward_funcs": ["rewards:short", "a-reward-model"],
     "negative_reward_weights": [0.5, 2.0],
     "on_policy_chosen": True,
     "negative_discard_truncated": True,

@@ -27,6 +27,9 @@ class NegativeOptions:
         negative_selection (`str`, *optional*, defaults to `"random"`):
             Which sample becomes the negative: `"random"`, `"hardest"` (highest average token log-probability under the
             policy) or `"lowest_reward"` (needs `negative_reward_funcs`).
+        negative_reward_funcs (`list[str]`, *optional*):
+            Reward functions by name, where a command line or a recipe has to name them: `module:function` of an
+            importable module, or the folder or name of a reward model. In Python, pass functions to the trainer.
         negative_reward_weights (`list[float]`, *optional*):
             Weights of `negative_reward_funcs`; 1 by default.
         on_policy_chosen (`bool`, *optional*, defaults to `False`):
@@ -106,6 +109,14 @@ class NegativeOptions:
             "help": "Which sample becomes the negative: 'random', 'hardest' (highest average token log-probability "
             "under the policy) or 'lowest_reward' (needs `negative_reward_funcs`).",
             "choices": list(SELECTIONS),
+        },
+    )
+    negative_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions by name: `module:function` of an importable module (`PYTHONPATH=.` for one in "
+            "the working directory), or the folder or name of a reward model. In Python, pass functions to the "
+            "trainer.",
         },
     )
     negative_reward_weights: list[float] | None = field(
@@ -293,12 +304,21 @@ class NegativeOptions:
             )
         if not 0.0 < self.negative_top_p <= 1.0:
             raise ValueError(f"`negative_top_p` must lie in (0, 1], got {self.negative_top_p}; 1 keeps every token.")
+        self._check_reward_functions()
         self._check_reward_weights()
         self._check_vllm_options()
         if self.use_vllm and not self.ds3_gather_for_generation:
             raise ValueError(
                 "`use_vllm=True` needs whole weights to send to vLLM, which `ds3_gather_for_generation=False` does "
                 "not gather. Leave `ds3_gather_for_generation=True`, or sample with transformers (`use_vllm=False`)."
+            )
+
+    def _check_reward_functions(self) -> None:
+        names = self.negative_reward_funcs
+        if names is not None and not (names and all(name.strip() for name in names)):
+            raise ValueError(
+                f"`negative_reward_funcs` must be a list of names, `module:function` or reward models, got {names!r}. "
+                "Functions themselves are passed to the trainer."
             )
 
     def _check_reward_weights(self) -> None:

@@ -156,6 +156,16 @@ def test_wrong_values_are_found_before_anything_is_trained(text_model, text_data
     assert "cooling_constant" in capsys.readouterr().err
 
 
+def test_rounds_score_with_the_functions_that_the_recipe_names(text_model, text_data, tmp_path):
+    from trl_cwdpo.cli.pipeline_rounds import settings_of
+
+    scored = {"negative_reward_funcs": ["my_rewards:short"], "negative_selection": "lowest_reward"}
+    values = raw_recipe(text_model, text_data, tmp_path, stage2={"rounds": 1, "on_policy_chosen": True, **scored})
+    settings = settings_of(make_recipe(values), "round1")
+    assert (settings.reward_funcs, settings.selection) == (("my_rewards:short",), "lowest_reward")
+    assert settings.on_policy_chosen
+
+
 @pytest.mark.parametrize("handover", ["merge", "continue"])
 def test_adapters(handover, text_model, text_data, tmp_path, in_this_process):
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "lora_handover": handover}

@@ -108,6 +108,7 @@ OPTIONS = {
         "dataset_negative_fraction_end": number(0.0, 1.0, optional=True),
         "num_negative_generations": whole(1),
         "negative_selection": choice(),
+        "negative_reward_funcs": st.one_of(st.just([]), WORDS, st.just([None]), st.just([""]), st.floats(0.0, 1.0)),
         "negative_reward_weights": st.one_of(st.just([]), WORDS, st.just([None]), st.just(["a"]), st.floats(0.0, 1.0))
         | NOT_FINITE.map(lambda value: [1.0, value]),
         "on_policy_chosen": flag(),

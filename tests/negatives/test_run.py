@@ -276,6 +276,33 @@ def test_rewards_decide_and_see_the_dataset(text_model, tmp_path, conversational
     assert row["words"] in {str(value) for value in label}
 
 
+@pytest.fixture
+def named_rewards(tmp_path, monkeypatch):
+    (tmp_path / "named_rewards.py").write_text("def flat(prompts, **_):\n    return [1.0] * len(prompts)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_reward_functions_by_name(text_model, tmp_path, named_rewards):
+    options = {"negative_reward_funcs": ["named_rewards:flat"], "dataset_negative_fraction": 0.0, "max_steps": 1}
+    trainer = trainer_for(text_model, tmp_path, negative_selection="lowest_reward", **options)
+    trainer.train()
+    assert metric(trainer, "fallback_reward") == metric(trainer, "reward") == [1.0]
+    with pytest.raises(ValueError, match=r"passed to the trainer and is .* in its options"):
+        trainer_for(text_model, tmp_path, rewards=len, **options)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:f", "named_rewards:g"])
+def test_a_reward_function_that_is_not_there(text_model, tmp_path, named_rewards, name):
+    with pytest.raises(ValueError, match=f"there is no reward function '{name}'"):
+        trainer_for(text_model, tmp_path, dataset_negative_fraction=0.0, negative_reward_funcs=[name])
+
+
+@pytest.mark.parametrize("value", [[], "module:function", [""], [len]])
+def test_names_of_reward_functions_that_are_none(tmp_path, value):
+    with pytest.raises((ValueError, TypeError), match="`negative_reward_funcs` must be a list of "):
+        CWDPOConfig(**tiny.training_options(tmp_path, negative_reward_funcs=value))
+
+
 def test_a_sample_that_scores_no_lower_is_no_negative(text_model, tmp_path):
     trainer = trainer_for(
         text_model,

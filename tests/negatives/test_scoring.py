@@ -81,6 +81,11 @@ def test_a_reward_model_scores_the_whole_conversation(tmp_path, conversational):
         assert value == pytest.approx(model(input_ids=ids).logits.item(), abs=1e-5)
 
 
+def test_a_reward_model_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="`negative_reward_funcs`: there is no reward model 'no/such-model'"):
+        Scorer("no/such-model", None, Accelerator(cpu=True))
+
+
 def test_average_logps_equal_those_of_plain_logits(text_model):
     model = AutoModelForCausalLM.from_pretrained(text_model)
     rows = [

@@ -1,6 +1,5 @@
 """The policy engine of `trl-cwdpo generate-negatives`: sample from a checkpoint, select, keep ℓ̄ of each sample."""
 
-import importlib
 import math
 import os
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from trl_cwdpo.data import PreferenceCollator
 from trl_cwdpo.negatives.engines import SamplingOptions, TransformersEngine
 from trl_cwdpo.negatives.pairs import PairSampler, SampledPair, SelectionOptions
 from trl_cwdpo.negatives.responses import Layout
-from trl_cwdpo.negatives.scoring import Scorer
+from trl_cwdpo.negatives.scoring import Scorer, named_reward
 from trl_cwdpo.upstream.generation import GeneratingPolicy, add_scoring_head, image_token_ids, stop_token_ids
 from trl_cwdpo.upstream.models import load_model, load_processor
 
@@ -140,8 +139,11 @@ def build_sampler(dataset: Dataset, settings: PolicySettings, folder: Path) -> t
     collator = PreferenceCollator(upstream.preference_collator(owner))
     scorer = None
     if settings.reward_funcs:
-        functions = [_reward(name) for name in settings.reward_funcs]
-        scorer = Scorer(functions, None, accelerator, trust_remote_code=settings.trust_remote_code)
+        try:
+            functions = [named_reward(name) for name in settings.reward_funcs]
+            scorer = Scorer(functions, None, accelerator, trust_remote_code=settings.trust_remote_code)
+        except ValueError as error:
+            raise CommandError(f"--reward_funcs {' '.join(settings.reward_funcs)}: {error}") from error
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         collated = collator(batch)
@@ -178,18 +180,6 @@ def _check_processes(accelerator: Accelerator) -> None:
             f"The launcher started {process_number()[1]} processes, but accelerate knows of "
             f"{accelerator.num_processes}. On CPUs, set ACCELERATE_USE_CPU=true and launch with --multi_gpu."
         )
-
-
-def _reward(name: str) -> Any:  # noqa: ANN401 (a function, or the name of a model)
-    if ":" not in name or Path(name).exists():
-        return name
-    module, function = name.split(":", 1)
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise CommandError(
-            f"--reward_funcs {name}: {error}. Name it as module:function, or a reward model."
-        ) from error
 
 
 def _entry(row: int, pair: SampledPair) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def settings_of(recipe: Recipe, training: str) -> PolicySettings:
     return PolicySettings(
         model=start_of(recipe, training),
         **given,
+        reward_funcs=tuple(stage2.get("negative_reward_funcs") or ()),
+        on_policy_chosen=bool(stage2.get("on_policy_chosen", False)),
         batch_size=batch_size,
         seed=recipe["seed"] + int(training.removeprefix(ROUND)),
         dtype=recipe["model"].get("dtype") or PolicySettings.dtype,
@@ -81,5 +83,5 @@ def write_round(recipe: Recipe, training: str, pairs: Dataset, held_out: Dataset
 
 
 def _plain(settings: PolicySettings) -> dict[str, Any]:
-    # `reward_funcs` are none here, and JSON has no tuples
-    return {name: value for name, value in vars(settings).items() if name != "reward_funcs"}
+    # JSON has no tuples
+    return {**vars(settings), "reward_funcs": list(settings.reward_funcs)}

@@ -297,12 +297,11 @@ def _check_rounds(stage2: dict[str, Any]) -> None:
         return
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise RecipeError(f"`stage2.{ROUNDS}`={rounds!r} must be a whole number of at least 1.")
-    # Their scores come from functions, which a recipe cannot name
     for key, scored in (("negative_selection", "lowest_reward"), ("on_policy_chosen", True)):
-        if stage2.get(key) == scored:
+        if stage2.get(key) == scored and not stage2.get("negative_reward_funcs"):
             raise RecipeError(
-                f"`stage2.{key}`={scored!r} needs reward functions, which rounds do not have. Make the data of a "
-                "round with `trl-cwdpo generate-negatives --reward_funcs` and train on them with `trl-cwdpo cwdpo`."
+                f"`stage2.{key}`={scored!r} needs reward functions: name them in `stage2.negative_reward_funcs`, or "
+                "change it."
             )
 
 

@@ -1,8 +1,10 @@
 """What samples are worth: rewards from TRL-style reward functions, and the policy's own average log-probability."""
 
 import asyncio
+import importlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ class Scorer:
             )
         self.weights = [1.0] * len(functions) if weights is None else [float(weight) for weight in weights]
         self.functions = [
-            rewards.RewardModel(function, accelerator, trust_remote_code=trust_remote_code)
+            _reward_model(function, accelerator, trust_remote_code=trust_remote_code)
             if isinstance(function, str | torch.nn.Module)
             else function
             for function in functions
@@ -101,6 +103,44 @@ class Scorer:
                     f"{len(prompts)} completions: it must return one per completion, `None` where it has none."
                 )
         return [weighted_sum(row, self.weights) for row in zip(*results, strict=True)]
+
+
+def _reward_model(model: Any, accelerator: Any, *, trust_remote_code: bool) -> rewards.RewardModel:  # noqa: ANN401
+    try:
+        return rewards.RewardModel(model, accelerator, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if not isinstance(model, str):
+            raise
+        raise ValueError(
+            f"`negative_reward_funcs`: there is no reward model {model!r} to load. Name a function as "
+            f"module:function, or a folder or repository with a sequence classifier. ({error})"
+        ) from error
+
+
+def named_reward(name: str) -> Any:  # noqa: ANN401 (a function, or the name of a model)
+    """
+    What the name of a reward function stands for.
+
+    Args:
+        name (`str`):
+            `module:function`, or the folder or name of a reward model.
+
+    Returns:
+        `Callable`, or the name of the model as it is.
+
+    Raises:
+        ValueError: If there is no such function.
+    """
+    if ":" not in name or Path(name).exists():
+        return name
+    module, function = name.split(":", 1)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"`negative_reward_funcs`: there is no reward function {name!r}: {error}. Name it as module:function, of "
+            "a module that can be imported (`PYTHONPATH=.` for one in the working directory), or name a reward model."
+        ) from error
 
 
 async def _gathered(functions: dict[int, Callable[..., Any]], arguments: dict[str, Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from .pairs import PairSampler, SelectionOptions
 from .records import SampleTable
 from .refresh import FractionSchedule, OnPolicyNegatives
 from .responses import Layout
-from .scoring import Scorer
+from .scoring import Scorer, named_reward
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,17 @@ def build_scorer(trainer: Any, reward_funcs: Any) -> Scorer | None:  # noqa: ANN
         [`Scorer`] or `None`.
 
     Raises:
-        ValueError: If the options need rewards and there are none, or weights have no functions.
+        ValueError: If the options need rewards and there are none, weights have no functions, or both the trainer and
+            its options name functions.
     """
     args = trainer.args
+    if args.negative_reward_funcs:
+        if reward_funcs is not None:
+            raise ValueError(
+                f"`negative_reward_funcs` was passed to the trainer and is {args.negative_reward_funcs} in its "
+                "options: leave one of them out."
+            )
+        reward_funcs = [named_reward(name) for name in args.negative_reward_funcs]
     if reward_funcs is not None:
         return Scorer(
             reward_funcs,
@@ -51,7 +59,8 @@ def build_scorer(trainer: Any, reward_funcs: Any) -> Scorer | None:  # noqa: ANN
         if needs:
             raise ValueError(
                 f"`{option}` needs rewards: pass `negative_reward_funcs` to the trainer (functions with the signature "
-                "of TRL's `reward_funcs`, or a reward model), or change the option."
+                "of TRL's `reward_funcs`, or a reward model), name them in the option of that name, or change the "
+                "option."
             )
     return None
 
