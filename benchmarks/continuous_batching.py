@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 VOCABULARY, END, PAD = 256, 1, 0
 # Prompts, longest response, and how many tokens a response has on average
-SETUPS = ((16, 16, 8), (16, 64, 16), (64, 64, 16), (64, 256, 32), (192, 256, 32))
+SETUPS = ((16, 16, 8), (16, 64, 16), (64, 64, 16), (64, 256, 32))
 
 
 def build(hidden_size: int, layers: int, mean_length: int) -> LlamaForCausalLM:

@@ -18,6 +18,7 @@ from datasets import Dataset, load_dataset
 
 from trl_cwdpo.cli import main
 from trl_cwdpo.cli.errors import CommandError
+from trl_cwdpo.cli.generate_policy import process_number
 from trl_cwdpo.cli.generation_journal import DATA, JOURNAL, SUMMARY, Journal
 from trl_cwdpo.loading import load_preference_dataset
 
@@ -108,6 +109,15 @@ def test_processes_write_apart_and_read_each_other(tmp_path):
     assert second.path.read_text().endswith('{"row": 3')
     with pytest.raises(CommandError, match="k: 1, now 2"):
         Journal(tmp_path, {"k": 2}, process=2)
+
+
+def test_a_cluster_that_counts_nodes_is_no_launcher(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert process_number() == (0, 1)
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "3")):
+        monkeypatch.setenv(name, value)
+    assert process_number() == (3, 4)
 
 
 @pytest.mark.distributed

@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 from trl_cwdpo import upstream
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.generation_journal import Journal
+from trl_cwdpo.cli.launching import is_a_launched_process
 from trl_cwdpo.cwdpo_config import CWDPOConfig
 from trl_cwdpo.data import PreferenceCollator
 from trl_cwdpo.negatives.engines import SamplingOptions, TransformersEngine
@@ -102,6 +103,8 @@ def sample_dataset(dataset: Dataset, settings: PolicySettings, journal: Journal,
 
 def process_number() -> tuple[int, int]:
     """Number of this process, and how many there are; 0 and 1 without a launcher."""
+    if not is_a_launched_process():
+        return 0, 1
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
