@@ -49,7 +49,8 @@ def align(model: Any, processor: Any, rows: Dataset, *, steps: int, seed: int) -
         projector.requires_grad_(requires_grad=True)
         try:
             features = tower_features(model, processor, rows)
-            _towards_embeddings(model, features, _name_vectors(model, processor, rows))
+            names = [messages[-1]["content"] for messages in rows["chosen"]]
+            _towards_embeddings(model, features, name_vectors(model, processor, names))
             return _behind_language_model(model, processor, rows, features, steps)
         finally:
             for parameter in frozen:
@@ -69,10 +70,10 @@ def tower_features(model: Any, processor: Any, rows: Dataset, batch_size: int = 
 
 
 @torch.no_grad()
-def _name_vectors(model: Any, processor: Any, rows: Dataset) -> torch.Tensor:  # noqa: ANN401
+def name_vectors(model: Any, processor: Any, names: Sequence[str]) -> torch.Tensor:  # noqa: ANN401
+    """Mean embedding of the tokens of each name: `(N, width)`."""
     embeddings = model.get_input_embeddings().weight
-    names = [messages[-1]["content"] for messages in rows["chosen"]]
-    ids = processor.tokenizer(names, add_special_tokens=False)["input_ids"]
+    ids = processor.tokenizer(list(names), add_special_tokens=False)["input_ids"]
     return torch.stack([embeddings[torch.tensor(tokens, device=embeddings.device)].mean(dim=0) for tokens in ids])
 
 

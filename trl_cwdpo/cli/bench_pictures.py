@@ -101,7 +101,7 @@ class RealPictures:
         target = folder / FOLDER / f"aligned-{tokens}-tokens-{base.steps}-{base.scenes}-seed{base.seed}"
         if target.is_dir():
             return target
-        rows = _one_a_picture(self.pictures["train"])
+        rows = one_a_picture(self.pictures["train"])
         rows = rows.shuffle(seed=base.seed).select(range(min(base.scenes, len(rows))))
         model: Any = AutoModelForImageTextToText.from_pretrained(source)
         processor = load_processor(str(source))
@@ -247,7 +247,8 @@ def _score_row(model: Any, processor: Any, row: Mapping[str, Any], names: Sequen
     return ((logps * mask).sum(dim=1) / mask.sum(dim=1)).tolist()
 
 
-def _one_a_picture(rows: Dataset) -> Dataset:
+def one_a_picture(rows: Dataset) -> Dataset:
+    """The first row of each picture."""
     first: dict[str, int] = {}
     for index, code in enumerate(rows["hexcode"]):
         first.setdefault(code, index)
