@@ -146,16 +146,26 @@ def build(name, models, output, **overrides):
     if "eval_strategy" in options:
         extra["eval_dataset"] = test
     if "reference" in features:
-        extra["ref_model"] = load_model(folder)
-        with torch.no_grad():
-            for value in extra["ref_model"].parameters():
-                value.mul_(0.9)
+        extra["ref_model"] = shrunk(load_model(folder), engine)
     trainer = trainer_class(model, args=args, train_dataset=train, **extra)
     if "probes" in features:
         trainer.add_callback(DeltaLogpProbeCallback(trainer, test, size=5, steps=2, batch_size=2))
     if "curriculum" in features:
         trainer.add_callback(CurriculumCallback(trainer))
     return trainer
+
+
+def shrunk(model, engine):
+    """Other weights, on every process; ZeRO-3 has taken them apart while loading."""
+    values, whole = list(model.parameters()), contextlib.nullcontext()
+    if engine.stage == 3:
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(values, modifier_rank=0)
+    with whole, torch.no_grad():
+        for value in values:
+            value.mul_(0.9)
+    return model
 
 
 @contextlib.contextmanager
