@@ -1,7 +1,7 @@
 """What a run survives: kill processes at random moments, on every engine and in both stages, and continue.
 
-    python benchmarks/reliability.py kills --output docs/results/kills.md
-    python benchmarks/reliability.py parity --output docs/results/parity.md
+    python benchmarks/reliability.py kills --output kills.md
+    python benchmarks/reliability.py parity --output parity.md
 
 `kills` trains once without interruption, then again and again with SIGKILL for one process or all of them at a random
 moment, half of the time while a checkpoint is being written, and continues each from what is left. `parity` compares
@@ -298,26 +298,29 @@ def run_engine(arguments: argparse.Namespace, engine_name: str, models: Path) ->
     return rows
 
 
-def parity_rows(models: Path, engine_names: list[str]) -> list[dict[str, Any]]:
+def parity_rows(models: Path, engine_names: list[str], names: list[str]) -> list[dict[str, Any]]:
     """Largest differences from one process, by run and engine."""
     import engines
     import parity
 
+    names = names or list(parity.RUNS)
     results: dict[str, dict[str, Any]] = {}
     for engine_name in ("one", *engine_names):
         folder = models / engine_name
         folder.mkdir()
-        process = engines.run(engines.ENGINES[engine_name], folder, parity.__file__, folder, models, *parity.RUNS)
-        files = {name: folder / f"{name}-rank0.json" for name in parity.RUNS}
+        process = engines.run(engines.ENGINES[engine_name], folder, parity.__file__, folder, models, *names)
+        files = {name: folder / f"{name}-rank0.json" for name in names}
         missing = [name for name, file in files.items() if not file.exists()]
         if missing:
             raise SystemExit(f"{engine_name} did not finish {missing}:\n{process.stderr[-3000:]}")
         results[engine_name] = {name: json.loads(file.read_text()) for name, file in files.items()}
     rows = []
-    for name in parity.RUNS:
+    for name in names:
         row: dict[str, Any] = {"run": name}
         for engine_name in engine_names:
-            expected = results["ddp" if "uneven" in name else "one"][name]
+            # Rows are shared out otherwise to one process, and each process samples with a seed of its own
+            like_two = "uneven" in name or name.startswith("sampled")
+            expected = results["ddp" if like_two else "one"][name]
             worst = max(parity.differences(name, results[engine_name][name], expected).values())
             row[engine_name] = f"{worst:.0e}"
         rows.append(row)
@@ -328,7 +331,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["kills", "kills-on", "parity"])
-    parser.add_argument("words", nargs="*")
+    parser.add_argument("words", nargs="*", help="with parity: runs of the suite, all by default")
     parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp2", "zero1", "zero2", "zero3"])
     parser.add_argument("--kills", type=int, default=3, help="kills for each engine and kind of run")
     parser.add_argument("--seed", type=int, default=0)
@@ -345,7 +348,7 @@ def main() -> None:
         models = Path(name)
         build_models(models)
         if arguments.what == "parity":
-            rows = parity_rows(models, arguments.engines)
+            rows = parity_rows(models, arguments.engines, arguments.words)
         else:
             rows = [row for engine in arguments.engines for row in run_engine(arguments, engine, models)]
     table = as_table(rows)
