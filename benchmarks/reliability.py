@@ -238,7 +238,7 @@ def one_kill(
     outcome = (
         compare(json.loads(result.read_text()), theirs)
         if not any(codes)
-        else f"DIED: {(folder / 'rank0.log').read_text()[-2000:]}"
+        else f"DIED: {last_error(folder / 'rank0.log')}"
     )
     return {
         "engine": engine.name,
@@ -248,6 +248,12 @@ def one_kill(
         **left,
         "outcome": outcome,
     }
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that says what a process died of."""
+    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no word")
 
 
 def left_behind(output: Path, processes: int) -> dict[str, Any]:
@@ -266,8 +272,9 @@ def left_behind(output: Path, processes: int) -> dict[str, Any]:
 def as_table(rows: list[dict[str, Any]]) -> str:
     """Rows as a table in Markdown."""
     names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([str(row[name]) for name in names] for row in rows)]
-    return "\n".join("| " + " | ".join(name.replace("_", " ") for name in line) + " |" for line in lines)
+    head = [name.replace("_", " ") for name in names]
+    lines = [head, ["---"] * len(names), *([str(row[name]) for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def build_models(folder: Path) -> None:
