@@ -330,7 +330,7 @@ def test_internals_rule(module, name, is_internal):
         ("see /" + "root/x", True),
         ('"/' + 'home/ann/data"', True),
         ("docs/work/plan.md", False),
-        ("~/work/x and ${HOME}/work/x", False),
+        ("~/" + "work/x and ${HOME}/" + "work/x", False),
     ],
 )
 def test_machine_path_rule(text, is_machine_path):

@@ -3,7 +3,6 @@
 Every process writes `OUTPUT/callbacks-rank<r>.json`. In the first run the processes disagree about their probes.
 """
 
-import dataclasses
 import json
 import os
 import sys
@@ -14,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny
 import torch
+from parity import disagreeing_probes
 
-from trl_cwdpo import CurriculumCallback, CWDPOConfig, CWDPOTrainer, probes
+from trl_cwdpo import CurriculumCallback, CWDPOConfig, CWDPOTrainer
 
 
 def trainer_of(model, output, **options):
@@ -26,19 +26,9 @@ def trainer_of(model, output, **options):
 
 
 def stopped(model, output):
-    original = probes.measure
-
-    def measure(*args, step, **kwargs):
-        # Far from the reference from step 2 on, as the main process sees it; the others see nothing
-        far = step >= 2 and os.environ.get("RANK", "0") == "0"
-        return dataclasses.replace(original(*args, step=step, **kwargs), total_variation=0.5 if far else 0.0)
-
-    probes.measure = measure
-    try:
+    with disagreeing_probes():
         trainer = trainer_of(model, output, probe_steps=1, probe_early_stopping=True)
         trainer.train()
-    finally:
-        probes.measure = original
     return {
         "world_size": trainer.accelerator.num_processes,
         "backend": torch.distributed.get_backend() if trainer.accelerator.num_processes > 1 else None,

@@ -213,22 +213,24 @@ def wrong_type(draw, rows, bad, kind):
     return REFUSED
 
 
-def odd_text(draw, rows, bad, kind):
-    column, text = draw(st.sampled_from([name for name in TEXT_COLUMNS if name in rows[0]])), draw(ODD_TEXTS)
+def say(rows, bad, kind, column, content):
+    """Put a text, or what stands for one, into a column of rows of a kind."""
     for index in bad:
         role = "user" if column == "prompt" else "assistant"
         before = rows[index][column][:-1] if kind == "implicit" else []
-        rows[index][column] = text if kind == "standard" else [*before, message(role, text)]
+        rows[index][column] = content if kind == "standard" else [*before, message(role, content)]
+
+
+def odd_text(draw, rows, bad, kind):
+    column, text = draw(st.sampled_from([name for name in TEXT_COLUMNS if name in rows[0]])), draw(ODD_TEXTS)
+    say(rows, bad, kind, column, text)
     return ODD
 
 
 def lone_surrogate(draw, rows, bad, kind):
     column = draw(st.sampled_from([name for name in TEXT_COLUMNS if name in rows[0]]))
     text = "blue " + draw(st.characters(categories=("Cs",)))
-    for index in bad:
-        role = "user" if column == "prompt" else "assistant"
-        before = rows[index][column][:-1] if kind == "implicit" else []
-        rows[index][column] = text if kind == "standard" else [*before, message(role, text)]
+    say(rows, bad, kind, column, text)
     return REFUSED
 
 
