@@ -32,7 +32,7 @@ from .data_arguments import DataArguments
 from .formats import LAYOUTS, convert, parse_columns, recognise, text_columns
 from .image_paths import check_embedded_images, locate, undecoded
 from .stored_pictures import is_image_column
-from .table_files import naming_lines
+from .table_files import naming_lines, naming_streamed_lines, note_files
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ScriptArguments
@@ -146,6 +146,9 @@ def load_preference_dataset(
             splits = load_dataset(BUILDERS[files[0].suffix], data_files=_files_by_split(files), streaming=streaming)
             for rows in () if streaming else splits.values():
                 rows.data.validate(full=True)  # text that is no UTF-8 passes the reader
+        if streaming:
+            for split, paths in _files_by_split(files).items():
+                note_files(splits[split], paths)
     elif (path / "dataset_dict.json").is_file():
         splits = load_from_disk(name)
         if streaming:
@@ -153,7 +156,9 @@ def load_preference_dataset(
     else:
         with naming_lines(name, ()):
             splits = load_dataset(name, name=config, streaming=streaming)
-    return _in_trl_format(splits, columns, root=root, repository=None if path.exists() else name, check=check_files)
+    repository = None if path.exists() else name
+    with naming_streamed_lines(*splits.values()):
+        return _in_trl_format(splits, columns, root=root, repository=repository, check=check_files)
 
 
 def select_rows(rows: Rows, selection: str, option: str) -> Dataset:

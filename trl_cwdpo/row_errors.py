@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -21,6 +21,7 @@ from .stored_pictures import (
     is_image_column,
     picture_fault,
 )
+from .table_files import naming_streamed_lines
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +40,22 @@ class NamesRows:
     processing_class: Any
     dropped_pairs: dict[str, dict[str, int]]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        with _naming_lines(kwargs.get("train_dataset"), kwargs.get("eval_dataset")):  # the parent reads the first row
+            parent.__init__(*args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the parent's own)
         """
         As the parent.
 
         Raises:
             UnusablePairError: If a picture of the training data cannot be decoded.
-            ValueError: If there was no pair to train on.
+            ValueError: If a row of a stream cannot be read, or there was no pair to train on.
         """
         parent: Any = super()
-        with naming_pictures(self.train_dataset, self.eval_dataset):
+        streams = _naming_lines(self.train_dataset, self.eval_dataset)
+        with streams, naming_pictures(self.train_dataset, self.eval_dataset):
             result = parent.train(*args, **kwargs)
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
@@ -193,6 +200,10 @@ def _by_name(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:  # noqa:
     yield from ((name, rows) for name, rows in {"train": train, **named}.items() if rows is not None)
 
 
+def _naming_lines(train: Any, evaluation: Any) -> AbstractContextManager[None]:  # noqa: ANN401 (of a trainer)
+    return naming_streamed_lines(*(rows for _, rows in _by_name(train, evaluation)))
+
+
 def _refuse_unreadable_picture(dataset: Any, name: str, cause: Exception | None = None) -> None:  # noqa: ANN401
     """Raise for the first picture that cannot be decoded."""
     features = getattr(dataset, "features", None) or {}
@@ -234,4 +245,5 @@ def checked_datasets(train: Any, evaluation: Any) -> tuple[Any, Any, dict[str, d
                     image_sizes(dataset, start, min(start + BATCH, len(dataset)), f"of the {name} dataset")
             # TRL decodes the first row right away
             _refuse_unreadable_picture(dataset.select(range(min(1, len(dataset)))), name)
-    return drop_unusable_pairs_of_splits(train, evaluation)
+    with _naming_lines(train, evaluation):
+        return drop_unusable_pairs_of_splits(train, evaluation)

@@ -1,17 +1,22 @@
 """Files of preference data that cannot be read: which line, and why, where the reader only says that it failed."""
 
 import json
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
+from datasets import IterableDataset
 from datasets.exceptions import DatasetsError
 
 from .pair_checks import shown
 
 JSON_SUFFIXES = (".json", ".jsonl")
-# What `datasets` and Arrow raise while they read
+# Sources of what reads a stream, and what it raises
+READERS = ("pyarrow/", "datasets/packaged_modules/json/", "datasets/table.py")
 READING_ERRORS = (DatasetsError, pa.ArrowException, StopIteration, ValueError)
 
 
@@ -39,6 +44,55 @@ def naming_lines(name: str, files: Iterable[Path]) -> Iterator[None]:
         raise ValueError(fault or f"The data in {name!r} cannot be read, row by row: {_root(error)}") from error
 
 
+def note_files(stream: IterableDataset, files: Iterable[str | Path]) -> None:
+    """Note which files a stream reads, for what is made of it too, so that [`naming_streamed_lines`] finds them."""
+    stream.info.download_checksums = {
+        str(file): {"num_bytes": Path(file).stat().st_size, "checksum": None} for file in files
+    }
+
+
+@contextmanager
+def naming_streamed_lines(*datasets: Any) -> Iterator[None]:
+    """
+    As [`naming_lines`], where rows are read as they are needed.
+
+    Args:
+        *datasets ([`~datasets.IterableDataset`]):
+            Data that are read within the context; what is no stream is passed over.
+
+    Raises:
+        ValueError: If the error comes from reading a stream; saying file, line and reason if [`note_files`] was told.
+    """
+    try:
+        yield
+    except (*READING_ERRORS, TypeError, RuntimeError) as error:
+        streams = [dataset for dataset in datasets if isinstance(dataset, IterableDataset)]
+        if not streams or not _is_from_reading(error):
+            raise
+        files = [file for stream in streams for file in stream.info.download_checksums or ()]
+        fault = next((fault for file in files if (fault := fault_of_file(Path(file))) is not None), None)
+        raise ValueError(fault or _fault_of_stream(files, error)) from error
+
+
+def _fault_of_stream(files: list[str], error: BaseException) -> str:
+    if files:
+        return (
+            f"A row of {', '.join(files)} cannot be read: {_root(error)}. Every row must be one JSON object, with "
+            "values of the same types in the same columns."
+        )
+    return (
+        f"A row of a streamed dataset cannot be read: {_root(error)}. `trl-cwdpo audit` on its files, or "
+        "`trl_cwdpo.loading.load_preference_dataset` for the stream, names file and line."
+    )
+
+
+def _is_from_reading(error: BaseException) -> bool:
+    """Whether a stream's file was being read when an error was raised, here or in a worker of the dataloader."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    text = "\n".join([*frames, str(error)]).replace("\\", "/")
+    return "datasets/iterable_dataset.py" in text and any(reader in text for reader in READERS)
+
+
 def fault_of_file(file: Path) -> str | None:
     """
     What is wrong with a file of JSON lines.
@@ -52,15 +106,17 @@ def fault_of_file(file: Path) -> str | None:
     """
     if file.suffix not in JSON_SUFFIXES:
         return None
-    lines = [(number, line) for number, line in enumerate(file.read_bytes().splitlines(), start=1) if line.strip()]
-    if not lines:
-        return f"{file} is empty: there is no row in it. Write one JSON object a line."
-    if file.suffix == ".json" or lines[0][1].lstrip().startswith(b"["):
-        return _fault_of_document(file)
-    for number, line in lines:
-        fault = _fault_of_row(line)
-        if fault is not None:
-            return f"{file}, line {number} (row {number - 1}): {fault}"
+    with file.open("rb") as stream:
+        rows = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
+        first = next(rows, None)
+        if first is None:
+            return f"{file} is empty: there is no row in it. Write one JSON object a line."
+        if file.suffix == ".json" or first[1].lstrip().startswith(b"["):
+            return _fault_of_document(file)
+        for number, line in chain([first], rows):
+            fault = _fault_of_row(line)
+            if fault is not None:
+                return f"{file}, line {number} (row {number - 1}): {fault}"
     return None
 
 

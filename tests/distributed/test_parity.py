@@ -71,6 +71,9 @@ def assert_equal(name, ours, theirs):
         if parity.RUNS[name][2].get("share_prefix") is True:
             assert result["shares"] is theirs["shares"] is True
         found = parity.differences(name, result, theirs)
+        if rank and "stops" in parity.RUNS[name][1]:
+            # What the main process alone is made to see: that all stop by it is shown by everything else
+            found = {key: value for key, value in found.items() if not key.endswith("probe/tv")}
         worst = max(found, key=found.get)
         assert found[worst] <= tolerance, f"process {rank}: {worst} differs by {found[worst]:.2e}"
 

@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl_cwdpo.checkpoints import CheckpointError, broken_checkpoints, checkpoint_to_resume, last_checkpoint
 
 from .quantized import kept_dtypes
+from .sharded_optimizer import KeepsOptimizerStates
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def saved_names(folder: Path) -> set[str]:
         return set(file.keys())
 
 
-class CompleteCheckpoints(LoadsWhatWasSaved):
+class CompleteCheckpoints(LoadsWhatWasSaved, KeepsOptimizerStates):
     """
     Mixin for a [`~transformers.Trainer`]: what it resumes from, and leaves behind, are complete checkpoints.
 
