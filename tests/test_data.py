@@ -489,3 +489,12 @@ def test_pictures_need_a_prompt():
     rows = Dataset.from_dict({"question": ["a"], "chosen": ["b"], "rejected": ["c"], "image": [None]})
     with pytest.raises(ValueError, match=r"no column 'prompt'; it has .*'question'"):
         drop_unusable_pairs(rows, "train")
+
+
+def test_a_mistyped_role_at_the_end_of_a_prompt_is_refused():
+    row = {"prompt": [{"role": "human", "content": "a"}], "chosen": assistant("blue"), "rejected": assistant("green")}
+    with pytest.raises(ValueError, match=r"Row 0 of the train dataset: 'prompt' ends with .* role 'human'"):
+        drop_unusable_pairs(Dataset.from_list([row]), "train")
+    for role in ("user", "system", "assistant", "tool"):
+        row["prompt"][-1]["role"] = role
+        assert drop_unusable_pairs(Dataset.from_list([row]), "train")[1] == {}

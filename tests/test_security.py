@@ -274,12 +274,12 @@ def test_in_python_objects_only_pictures_are_pictures(where, vision_model, tmp_p
 
 
 def test_a_path_within_a_message_is_not_opened(vision_model, tmp_path):
-    """A part of a message may carry its picture itself; what it names is left alone, and lacks in the batch."""
+    """A part of a message may bring its picture itself, which nobody reads."""
     pair = tiny.pairs(1)[0]
     pair["prompt"] = [{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}]
     rows = IterableDataset.from_generator(lambda: ({**pair, "images": []} for _ in range(4)))
     args = CWDPOConfig(**tiny.training_options(tmp_path, max_steps=1))
-    with pytest.raises(ValueError, match="image"):
+    with pytest.raises(ValueError, match="Row 0 of the train dataset: 'prompt' has a part that brings its own"):
         CWDPOTrainer(vision_model, args=args, train_dataset=rows).train()
 
 

@@ -9,6 +9,8 @@ from typing import Any
 EXCERPT = 80
 SIDES = ("chosen", "rejected")
 PARTS = ("text", "image")
+# A mistyped role would be rendered by most chat templates, and trained on. Those after which a response may follow
+PROMPT_ENDS = ("user", "assistant", "tool", "system", "developer")
 Pair = Mapping[str, Any]
 
 
@@ -92,6 +94,11 @@ def _fault_of_part(name: str, part: object) -> str | None:
     if part["type"] == "image":
         if name in SIDES:
             return f"{name!r} has a picture in its messages: pictures belong to the prompt. Remove {shown(part)}."
+        if part.get("image") is not None:  # nobody would read it, and nothing named in the data is opened
+            return (
+                f"{name!r} has a part that brings its own picture: {shown(part)}. Put the picture into the column "
+                "'images', and `{'type': 'image'}` in its place."
+            )
         return None
     text = part.get("text")
     if text is not None and not isinstance(text, str):
@@ -108,6 +115,12 @@ def _fault_between(given: Mapping[str, Any], row: Pair, pictures: int | None) ->
                 f"{name!r} ends with a message of the role {last!r}: {shown(given[name][-1])}. A response is the "
                 "assistant's: its last message must have the role 'assistant'."
             )
+    last = given["prompt"][-1]["role"] if "prompt" in given else "user"
+    if last not in PROMPT_ENDS:
+        return (
+            f"'prompt' ends with a message of the role {last!r}: {shown(given['prompt'][-1])}. Give it one of "
+            f"{', '.join(map(repr, PROMPT_ENDS))}."
+        )
     if "prompt" not in row and len(given) == len(SIDES) and given["chosen"][0] != given["rejected"][0]:
         return (
             "there is no column 'prompt', and 'chosen' and 'rejected' do not begin with the same message: "
@@ -115,7 +128,7 @@ def _fault_between(given: Mapping[str, Any], row: Pair, pictures: int | None) ->
         )
     parts = [part for message in given.get("prompt", ()) for part in _parts_of(message)]
     # Where no message has parts, the pictures are put before the first text of the user
-    wanted = sum(part["type"] == "image" and part.get("image") is None for part in parts)
+    wanted = sum(part["type"] == "image" for part in parts)
     if pictures is not None and parts and wanted != pictures and _all_parts(given["prompt"]):
         return (
             f"'prompt' has {wanted} part(s) of the type 'image' and the row {pictures} picture(s): "

@@ -30,7 +30,8 @@ class NamesRows:
     """
     Mixin for a [`~transformers.Trainer`] on preference pairs: errors of its data name dataset, row and reason.
 
-    Pairs that TRL leaves out because their prompt fills `max_length` are counted in `dropped_pairs`.
+    Pairs that TRL leaves out because their prompt fills `max_length` are counted in `dropped_pairs`, those of streams
+    in `passages`.
     """
 
     args: Any
@@ -39,6 +40,7 @@ class NamesRows:
     eval_dataset: Any
     processing_class: Any
     dropped_pairs: dict[str, dict[str, int]]
+    passages: tuple["Passage", ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
@@ -57,6 +59,8 @@ class NamesRows:
         streams = _naming_lines(self.train_dataset, self.eval_dataset)
         with streams, naming_pictures(self.train_dataset, self.eval_dataset):
             result = parent.train(*args, **kwargs)
+        for passage in self.passages:
+            passage.report()
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
                 "The train dataset has no usable pair: all were left out, by the warnings above or because their "
@@ -86,7 +90,7 @@ def prepared_rows(
 
     Args:
         trainer ([`CWDPOTrainer`] or [`GentleNegativeSFTTrainer`]):
-            Its `dropped_pairs` are counted in.
+            Its `dropped_pairs` or `passages` are counted in.
         prepare (`Callable`):
             TRL's preparation of a dataset.
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -106,7 +110,11 @@ def prepared_rows(
         ValueError: If no pair is left.
     """
     if isinstance(dataset, IterableDataset):
-        return prepare(dataset.filter(_Renders(processing_class, name), with_indices=True))
+        passage = Passage(name, max_length)
+        prepared = prepare(dataset.filter(_Renders(processing_class, name, passage), with_indices=True))
+        passage.entered = 0  # TRL has looked at first rows on the way
+        trainer.passages = (*trainer.passages, passage)
+        return prepared.filter(passage.leave)
     try:
         prepared = prepare(dataset)
     except Exception as error:
@@ -126,16 +134,52 @@ def prepared_rows(
     return prepared
 
 
+class Passage:
+    """
+    Counts the pairs of a stream that TRL leaves out between two places of it, without a word, because they are too
+    long.
+
+    Args:
+        name (`str`):
+            What to call the dataset in warnings.
+        max_length (`int`, *optional*):
+            Tokens of a prompt and a response at most.
+    """
+
+    def __init__(self, name: str, max_length: int | None) -> None:
+        self.name = name
+        self.max_length = max_length
+        self.entered = self.left = self.said = 0
+
+    def leave(self, _: object) -> bool:
+        """Count a pair that is still there; always `True`, as a filter that keeps all."""
+        self.left += 1
+        # At 1, 2, 4, 8, …: a stream may hold millions of them
+        if self.entered - self.left >= max(2 * self.said, 1):
+            self.report()
+        return True
+
+    def report(self) -> None:
+        """Say how many were left out, if that is more than was said before."""
+        dropped = self.entered - self.left
+        if dropped > self.said:
+            self.said = dropped
+            reason = f"`max_length`={self.max_length} leaves nothing of a response"
+            logger.warning("Left out %d pairs of the %s dataset so far: %s.", dropped, self.name, reason)
+
+
 class _Renders:
     """Raises if the chat template cannot render a row of a stream; a class, for workers of a dataloader."""
 
-    def __init__(self, processing_class: Any, name: str) -> None:  # noqa: ANN401 (a tokenizer or a processor)
+    def __init__(self, processing_class: Any, name: str, passage: Passage) -> None:  # noqa: ANN401 (or a processor)
         self.processing_class = processing_class
         self.name = name
+        self.passage = passage
 
     def __call__(self, row: dict[str, Any], index: int) -> bool:
         if (fault := _fault_of_rendering(row, self.processing_class)) is not None:
             raise UnusablePairError(_of_row(index, self.name, fault)) from fault
+        self.passage.entered += 1
         return True
 
 

@@ -17,7 +17,7 @@ from .pair_checks import shown
 JSON_SUFFIXES = (".json", ".jsonl")
 # Sources of what reads a stream, and what it raises
 READERS = ("pyarrow/", "datasets/packaged_modules/json/", "datasets/table.py")
-READING_ERRORS = (DatasetsError, pa.ArrowException, StopIteration, ValueError)
+READING_ERRORS = (DatasetsError, pa.ArrowException, StopIteration, TypeError, ValueError)
 
 
 @contextmanager

@@ -245,7 +245,7 @@ def bad_prompt_role(draw, rows, bad, kind):
     role = draw(st.sampled_from(["wizard", "", None, 3, "assistant"]))
     for index in bad:
         rows[index]["prompt"] = [message(role, "what is it")]
-    return REFUSED
+    return ODD if role == "assistant" else REFUSED
 
 
 def bad_content(draw, rows, bad, kind):
