@@ -25,6 +25,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 SPLIT_ATTENTION = "sdpa"
 DENSE_ATTENTION = "eager"
 BLOCK_ATTENTION = "flex_attention"
+# Kernels sum over keys in chunks. A last one cut short rounds otherwise, which in half precision shows in the prompts
+CHUNK = 16
 STATELESS_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # A model has many modules, and every batch asks
@@ -67,9 +69,11 @@ class SplitAttention:
         prompt, shorter = columns - rows, query.shape[2] - columns
         kwargs["is_causal"] = True
         # Without padding between them, prompt and longer side are one causal sequence
-        first = prompt if attention_mask.shape[0] > 1 else columns
+        is_padded = attention_mask.shape[0] > 1
+        first = min(-(-prompt // CHUNK) * CHUNK, columns) if is_padded else columns
         parts = [self.attention(module, query[:, :, :first], key[:, :, :first], value[:, :, :first], None, **kwargs)]
-        if first == prompt:
+        if is_padded:
+            parts = [(parts[0][0][:, :prompt], None)]
             side = query[:, :, prompt:columns], key[:, :, :columns], value[:, :, :columns]
             parts.append(self.attention(module, *side, attention_mask, **kwargs))
         keys, values = (torch.cat([x[:, :, :prompt], x[:, :, columns:]], dim=2) for x in (key, value))
