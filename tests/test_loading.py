@@ -440,3 +440,8 @@ class TestSelectRows:
     def test_streamed_data_has_no_numbers(self):
         with pytest.raises(ValueError, match="`dataset_streaming`"):
             select_rows(self.rows().to_iterable_dataset(), "file.json:mine", "eval_rows")
+
+
+def test_a_name_that_is_nothing_here_is_said_to_be_none():
+    with pytest.raises(FileNotFoundError, match="There is no file or folder 'my_dat', and as a dataset on the hub"):
+        load_preference_dataset("my_dat")

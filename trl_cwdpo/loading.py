@@ -27,6 +27,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetNotFoundError
 
 from .data_arguments import DataArguments
 from .formats import LAYOUTS, convert, parse_columns, recognise, text_columns
@@ -154,11 +155,21 @@ def load_preference_dataset(
         if streaming:
             splits = IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
     else:
-        with naming_lines(name, ()):
-            splits = load_dataset(name, name=config, streaming=streaming)
+        splits = _load(name, config, path, streaming=streaming)
     repository = None if path.exists() else name
     with naming_streamed_lines(*splits.values()):
         return _in_trl_format(splits, columns, root=root, repository=repository, check=check_files)
+
+
+def _load(name: str, config: str | None, path: Path, *, streaming: bool) -> Splits:
+    try:
+        with naming_lines(name, ()):
+            return load_dataset(name, name=config, streaming=streaming)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        if path.exists():
+            raise
+        reason = f"There is no file or folder {name!r}, and as a dataset on the hub it cannot be had: {error}"
+        raise FileNotFoundError(reason) from error
 
 
 def select_rows(rows: Rows, selection: str, option: str) -> Dataset:

@@ -65,7 +65,7 @@ def naming_streamed_lines(*datasets: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (*READING_ERRORS, TypeError, RuntimeError) as error:
+    except (*READING_ERRORS, RuntimeError) as error:
         streams = [dataset for dataset in datasets if isinstance(dataset, IterableDataset)]
         if not streams or not _is_from_reading(error):
             raise
