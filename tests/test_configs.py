@@ -68,6 +68,7 @@ PROBE_DEFAULTS = {
     "probe_families": None,
     "probe_early_stopping": False,
     "probe_restore_best": True,
+    "probe_thresholds": None,
 }
 
 # --- defaults and documentation --------------------------------------------------------------------------------------
@@ -196,6 +197,11 @@ def test_cwdpo_refuses_with_option_value_and_fix(options, parts):
         ({"probe_steps": -1}, ["`probe_steps`", "at least 0", "-1"]),
         ({"probe_families": ["chosen", "chosn"]}, ["`probe_families`", "['chosn']", "'mismatched'"]),
         ({"probe_families": []}, ["`probe_families`", "no response family"]),
+        ({"probe_thresholds": {"patience": 0}}, ["`probe_thresholds`", "`patience` must be at least 1, got 0"]),
+        ({"probe_thresholds": {"drift": 1.0}}, ["`probe_thresholds`", "no threshold 'drift'", "total_variation"]),
+        ({"probe_thresholds": {"flat": "0.1"}}, ["`probe_thresholds`", "`flat` must be a number, got '0.1'"]),
+        ({"probe_thresholds": "flat=0.1"}, ["`probe_thresholds`", "'flat=0.1'", "Expecting value"]),
+        ({"probe_thresholds": "[1]"}, ["`probe_thresholds`", "dictionary of numbers by name"]),
         ({"probe_early_stopping": True, "probe_steps": 0}, ["`probe_early_stopping=True`", "`probe_steps=0`"]),
     ],
 )
@@ -428,6 +434,7 @@ PROBE_VALUES = {
     "probe_families": ["chosen", "argmax"],
     "probe_early_stopping": True,
     "probe_restore_best": False,
+    "probe_thresholds": {"total_variation": 0.4, "patience": 3},
 }
 CWDPO_VALUES = {
     **PROBE_VALUES,
@@ -467,7 +474,8 @@ def test_the_values_of_these_tests_cover_every_option(config, parent, values):
 
 @both_values
 def test_every_option_from_the_command_line(config, parent, values):
-    words = {name: [*map(str, value)] if isinstance(value, list) else [str(value)] for name, value in values.items()}
+    texts = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
+    words = {name: [*map(str, value)] if isinstance(value, list) else [str(value)] for name, value in texts.items()}
     flags = [text for name, given in words.items() for text in (f"--{name}", *given)]
     (parsed,) = TrlParser(config).parse_args_and_config([*CPU_FLAGS, *flags])
     for name, value in values.items():

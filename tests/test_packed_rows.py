@@ -41,7 +41,7 @@ FLEX = {"model_init_kwargs": {"attn_implementation": "flex_attention"}}
 @settings(max_examples=40, deadline=None)
 @given(pairs(), st.integers(0, 2), st.sampled_from([1, 4, 32]))
 def test_one_row_holds_every_token_and_pairs_are_apart(tokens, extra_columns, multiple):
-    ids, attention, labels = batch_of(*tokens, extra_columns)
+    ids, attention, labels = batch_of(*tokens, extra_columns=extra_columns)
     layout = find_layout(ids, attention, labels)
     packed = PackedRows(layout, multiple)
     (row,), (positions,) = packed.rows(ids).tolist(), packed.positions().tolist()

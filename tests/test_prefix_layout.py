@@ -12,9 +12,9 @@ from trl_cwdpo.prefix_layout import PrefixLayout, find_layout
 PAD, FIRST_TOKEN = 0, 3
 
 
-def batch_of(prompts, chosen, rejected, extra_columns=0):
+def batch_of(prompts, *sides, extra_columns=0):
     """What a collator makes of lists of token lists: input_ids, attention_mask and labels."""
-    sequences = [p + r for side in (chosen, rejected) for p, r in zip(prompts, side, strict=True)]
+    sequences = [p + r for side in sides for p, r in zip(prompts, side, strict=True)]
     width = max(map(len, sequences)) + extra_columns
     ids = torch.full((len(sequences), width), PAD)
     attention, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -27,56 +27,56 @@ def batch_of(prompts, chosen, rejected, extra_columns=0):
 
 
 @st.composite
-def pairs(draw, longest=6):
-    """Prompts, chosen and rejected responses whose tokens are all different."""
-    count = draw(st.integers(1, 3))
+def pairs(draw, longest=6, most_sides=2):
+    """Prompts, chosen and rejected responses (or more) whose tokens are all different."""
+    count, sides = draw(st.integers(1, 3)), draw(st.integers(2, most_sides))
     sizes = st.lists(st.integers(1, longest), min_size=count, max_size=count)
     token = iter(range(FIRST_TOKEN, 1000))
-    return [[[next(token) for _ in range(size)] for size in draw(sizes)] for _ in range(3)]
+    return [[[next(token) for _ in range(size)] for size in draw(sizes)] for _ in range(1 + sides)]
 
 
 def blocks(layout):
-    """First column of prompt, chosen and rejected block."""
-    chosen, rejected = layout.sides
-    return (
-        (0, layout.prompt, layout.prompt + chosen)
-        if chosen >= rejected
-        else (
-            0,
-            layout.prompt + rejected,
-            layout.prompt,
-        )
-    )
+    """First column of the prompt and of the block of each side: the longest first, the shortest last."""
+    by_length = sorted(layout.sides, reverse=True)
+    longest, left = by_length[0], list(by_length)
+    starts = []
+    for width in layout.sides:
+        # Of sides that are equally long, the first comes first
+        place = left.index(width)
+        left[place] = None
+        starts.append(layout.prompt + place * longest)
+    return (0, *starts)
 
 
 @settings(max_examples=60, deadline=None)
-@given(pairs(), st.integers(0, 2))
+@given(pairs(most_sides=4), st.integers(0, 2))
 def test_rows_hold_every_token_once_with_its_position(tokens, extra_columns):
-    ids, attention, labels = batch_of(*tokens, extra_columns)
-    layout = find_layout(ids, attention, labels)
+    ids, attention, labels = batch_of(*tokens, extra_columns=extra_columns)
+    layout = find_layout(ids, attention, labels, len(tokens) - 1)
     assert isinstance(layout, PrefixLayout)
     rows, positions = layout.rows(ids), layout.positions()
     assert rows.shape == positions.shape == (len(tokens[0]), layout.width)
-    for pair, (prompt, chosen, rejected) in enumerate(zip(*tokens, strict=True)):
-        for start, part, before in zip(
-            blocks(layout), (prompt, chosen, rejected), (0, len(prompt), len(prompt)), strict=True
-        ):
+    assert layout.width == layout.prompt + max(layout.sides) * (len(layout.sides) - 1) + min(layout.sides)
+    for pair, (prompt, *responses) in enumerate(zip(*tokens, strict=True)):
+        begins = (0, *(len(prompt) for _ in responses))
+        for start, part, before in zip(blocks(layout), (prompt, *responses), begins, strict=True):
             block = slice(start, start + len(part))
             assert rows[pair, block].tolist() == part
             assert positions[pair, block].tolist() == list(range(before, before + len(part)))
-        used = len(prompt) + len(chosen) + len(rejected)
+        used = len(prompt) + sum(map(len, responses))
         # Padding repeats a token of text, never one that stands for a picture
-        assert (rows[pair] == chosen[0]).sum() == layout.width - used + 1
+        assert (rows[pair] == responses[0][0]).sum() == layout.width - used + 1
+    assert layout.tokens == sum(len(part) for parts in tokens for part in parts)
 
 
 @settings(max_examples=60, deadline=None)
-@given(pairs(), st.integers(0, 2))
+@given(pairs(most_sides=4), st.integers(0, 2))
 def test_masks_let_a_response_see_its_prompt_and_itself(tokens, extra_columns):
-    ids, attention, labels = batch_of(*tokens, extra_columns)
-    layout = find_layout(ids, attention, labels)
+    ids, attention, labels = batch_of(*tokens, extra_columns=extra_columns)
+    layout = find_layout(ids, attention, labels, len(tokens) - 1)
     dense, side = layout.dense_mask(), layout.side_mask
-    longer, shorter = max(layout.sides), min(layout.sides)
-    assert side.shape[-2:] == (longer, layout.prompt + longer)
+    longest = max(layout.sides)
+    assert side.shape[-2:] == (longest, layout.prompt + longest)
     starts = blocks(layout)
     for pair, parts in enumerate(zip(*tokens, strict=True)):
         prompt = range(len(parts[0]))
@@ -91,14 +91,13 @@ def test_masks_let_a_response_see_its_prompt_and_itself(tokens, extra_columns):
                     seen = side[min(pair, len(side) - 1), 0, index].nonzero().flatten().tolist()
                     assert seen == [*prompt, *range(layout.prompt, layout.prompt + index + 1)]
     assert bool(dense.any(dim=-1).all()), "a row that sees nothing gives NaN"
-    assert shorter <= longer
 
 
 @settings(max_examples=60, deadline=None)
-@given(pairs(), st.integers(0, 2))
+@given(pairs(most_sides=4), st.integers(0, 2))
 def test_scores_come_back_in_the_usual_order(tokens, extra_columns):
-    ids, attention, labels = batch_of(*tokens, extra_columns)
-    layout = find_layout(ids, attention, labels)
+    ids, attention, labels = batch_of(*tokens, extra_columns=extra_columns)
+    layout = find_layout(ids, attention, labels, len(tokens) - 1)
     # Each place says which token stands there, so a label must be predicted by the token before it
     predictor = layout.rows(ids).flatten()[layout.scored_index][:, :-1]
     scored = layout.labels(labels)[:, 1:]
@@ -142,3 +141,10 @@ def test_cost_counts_tokens_scores_and_attention():
     assert layout.relative_cost(10**6, 10**6) == pytest.approx(120 / 220, rel=1e-3)
     # Only the head counts: 2 · 11 places instead of 220
     assert layout.relative_cost(1, 0, 10**6) == pytest.approx(22 / 220, rel=1e-3)
+    # The same of four responses, which have a prompt in common with all the others
+    layout = find_layout(*batch_of([[3] * 100], *([[token] * 10] for token in range(4, 8))), 4)
+    assert layout.relative_cost(10**6, 10**6) == pytest.approx(140 / 440, rel=1e-3)
+    assert layout.relative_cost(1, 0, 10**6) == pytest.approx(44 / 440, rel=1e-3)
+    # Only attention counts: 100²/2 + 4 · 10 · 110 instead of 4 · 110²/2
+    seen = layout.relative_cost(1e-9, 0.0)
+    assert seen == pytest.approx((100**2 / 2 + 4 * 10 * 110) / (4 * 110**2 / 2), rel=1e-3)

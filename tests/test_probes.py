@@ -22,12 +22,14 @@ from trl_cwdpo import (
     GentleNegativeSFTConfig,
     GentleNegativeSFTTrainer,
 )
+from trl_cwdpo.alerts import ProbeAlertCallback
 from trl_cwdpo.probe_options import FAMILIES
 from trl_cwdpo.probe_passes import Reference
 from trl_cwdpo.probe_records import read_records
 from trl_cwdpo.probe_rows import choose_rows
 from trl_cwdpo.probe_summary import PairLoss
 from trl_cwdpo.probes import measure
+from trl_cwdpo.signal_thresholds import SignalThresholds
 
 TIMES = ("runtime", "per_second", "total_flos")
 TRAINERS = {
@@ -366,6 +368,12 @@ class TestCallback:
         assert last.weight == pytest.approx(sum(last.row_weights) / 6)
         assert last.margin.mean == pytest.approx(sum(last.row_margins) / 6)
         assert last.accuracy == sum(margin > 0 for margin in last.row_margins) / 6
+        assert last.easy_fraction == sum(weight < 0.1 for weight in last.row_weights) / 6
+        assert last.saturated_fraction == sum(preference > 0.9 for preference in last.row_preferences) / 6
+        # a′ = σ(β(Δ_w − wΔ_l)), one for each row
+        assert len(last.row_preferences) == 6
+        assert all(0 < preference < 1 for preference in last.row_preferences)
+        assert set(first.row_preferences) == {pytest.approx(0.5, abs=1e-6)}
         tokens = sum(count for count, _, _ in last.reliability)
         assert last.ece == pytest.approx(sum(n * abs(sure - right) for n, sure, right in last.reliability) / tokens)
         assert len(json.loads((tmp_path / "probe_rows.json").read_text())["rows"]) == 6
@@ -440,6 +448,24 @@ class TestConfigured:
         records = read_records(tmp_path)
         assert [(record.step, record.num_rows) for record in records] == [(0, 5), (2, 5), (4, 5)]
         assert set(records[0].families) == {"chosen", "rejected", "argmax"}
+
+    def test_count_by_the_thresholds_of_the_options(self, text_model, tmp_path):
+        numbers = {"saturated_preference": 0.0, "easy_weight": 1.0, "hard_weight": 1.0, "displacement": 9.0}
+        numbers |= {"spike_minimum": 1, "spike_ratio": 0.0, "spike_deviations": 0.0}
+        options = {"max_steps": 4, "probe_steps": 2, "probe_thresholds": numbers}
+        trainer = trained(self.trainer("CW-DPO", text_model, tmp_path, held_out(), **options))
+        first, *_, last = read_records(tmp_path)
+        assert (last.saturated_fraction, last.easy_fraction) == (1.0, 1.0)
+        assert "rejected_hard" not in first.families
+        assert len(first.families["rejected_easy"].rows) == first.num_rows
+        assert last.displacement is (last.margin.mean > first.margin.mean)
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        # Steps 2 and 3, the norm of a step being logged after its probe, against all before
+        assert last.grad_spikes == sum(norms[step] > np.median(norms[:step]) for step in (1, 2))
+        assert json.loads((tmp_path / "probe_rows.json").read_text())["run"]["options"]["probe_thresholds"] == numbers
+        kinds = (ProbeAlertCallback, DeltaLogpProbeCallback)
+        found = [each.thresholds for each in trainer.callback_handler.callbacks if isinstance(each, kinds)]
+        assert found == [SignalThresholds(**numbers)] * 2
 
     def test_of_a_stream_are_its_first_rows(self, text_model, tmp_path):
         stream = held_out(8).to_iterable_dataset()

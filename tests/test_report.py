@@ -177,6 +177,27 @@ class TestPage:
         assert len(pictures) == 16
         assert base64.b64decode(pictures[0]["src"].partition(",")[2]).startswith(b"<?xml")
 
+    def test_judges_by_the_numbers_of_the_run(self, tmp_path):
+        folder = write_run(tmp_path / "a")
+        (track,) = read_runs([folder]).tracks
+        assert judge(track).title == "healthy"
+        rows = json.loads((folder / "probe_rows.json").read_text())
+        rows["run"]["options"]["probe_thresholds"] = {
+            "flat": 3.0,
+            "strong": 4.0,
+            "easy_weight": 0.4,
+            "spike_ratio": 99.0,
+        }
+        (folder / "probe_rows.json").write_text(json.dumps(rows))
+        runs = read_runs([folder])
+        verdict = judge(runs.tracks[0])
+        assert (verdict.title, verdict.tone) == ("nothing moved yet", "neutral")
+        assert any("50% of the negatives are easy (w < 0.4)" in sentence for sentence in verdict.sentences)
+        charts = {chart.key: chart for chart in charts_of(runs)}
+        parts = {name: heights[0] for name, _, heights in charts["stage2-easy-and-hard"].stack.parts}
+        assert parts == {"easy (w < 0.4)": 2.0, "between (0.4 to 0.5)": 0.0, "hard (w ≥ 0.5)": 2.0}
+        assert charts["stage2-gradient-norm"].lines[-1].style != "points"
+
     def test_the_same_twice(self, tmp_path, no_pictures):
         runs = read_runs([write_run(tmp_path / "a")])
         assert report.render_report(runs) == report.render_report(runs)

@@ -69,7 +69,7 @@ def fused(model):
 
 
 def inputs_of(tokens, extra_columns=0):
-    ids, attention, labels = batch_of(*tokens, extra_columns)
+    ids, attention, labels = batch_of(*tokens, extra_columns=extra_columns)
     call = {"use_cache": False, "fused_lm_head": True}
     return {"input_ids": ids, "attention_mask": attention, "labels": labels, **call}
 

@@ -89,8 +89,11 @@ GRIDS = {
 }
 
 
-def vision_inputs_of(family, grids, seed=0):
-    """A preference batch as a collator makes it, with every picture twice: in chosen and in rejected rows."""
+def vision_inputs_of(family, grids, seed=0, sides=2):
+    """
+    A preference batch as a collator makes it, with every picture twice: in chosen and in rejected rows. Or with as
+    many responses to each prompt as `sides` says.
+    """
     generator = torch.Generator().manual_seed(seed)
     is_llava = family == "llava"
     if is_llava:
@@ -105,7 +108,8 @@ def vision_inputs_of(family, grids, seed=0):
         prompts.append([*prompt, 5, 6])
     chosen = [[7 + i] * (2 + i) for i in range(len(grids))]
     rejected = [[17 + i, 20, 21, 22][: 4 - i] for i in range(len(grids))]
-    ids, attention, labels = batch_of(prompts, chosen, rejected)
+    others = [[[27 + side + i] * (1 + (side + 2 * i) % 5) for i in range(len(grids))] for side in range(2, sides)]
+    ids, attention, labels = batch_of(prompts, chosen, rejected, *others)
     inputs = {"input_ids": ids, "attention_mask": attention, "labels": labels}
     inputs |= {"use_cache": False, "fused_lm_head": True}
     if not is_llava:
@@ -118,6 +122,6 @@ def vision_inputs_of(family, grids, seed=0):
     else:
         patches = sum(height * width for height, width in flat)
         pixels = torch.randn(patches, 3 * 2 * PATCH**2, generator=generator)
-        inputs["image_grid_thw"] = torch.tensor([[1, height, width] for height, width in flat] * 2)
-    inputs["pixel_values"] = torch.cat([pixels, pixels])
+        inputs["image_grid_thw"] = torch.tensor([[1, height, width] for height, width in flat] * sides)
+    inputs["pixel_values"] = torch.cat([pixels] * sides)
     return inputs

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .probe_records import ProbeRecord
-from .signals import DEFAULTS, SignalThresholds, raised_flags
+from .signal_thresholds import DEFAULTS, SignalThresholds
+from .signals import raised_flags
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ class ProbeAlertCallback(TrainerCallback):
     nothing in the run.
 
     Args:
-        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
+        thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
             The numbers of the rules.
 
     Example:
@@ -76,7 +77,8 @@ class DefaultProbeAlerts(ProbeAlertCallback):
     """
 
     def __init__(self, trainer: Any) -> None:  # noqa: ANN401 (any transformers trainer)
-        super().__init__()
+        # TRL's own configurations have none
+        super().__init__(getattr(trainer.args, "signal_thresholds", DEFAULTS))
         self.trainer = trainer
 
     def on_probe(

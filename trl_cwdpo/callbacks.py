@@ -27,6 +27,7 @@ from .signals import (
     curriculum,
     early_stop,
     order_by_hardness,
+    settled,
 )
 from .upstream.checkpoints import save_checkpoint
 from .upstream.preemption import release_signals
@@ -60,7 +61,9 @@ def add_configured_callbacks(trainer: Any) -> None:  # noqa: ANN401
         )
     add_configured_probes(trainer)
     if args.probe_early_stopping:
-        trainer.add_callback(ProbeEarlyStoppingCallback(trainer, restore_best=args.probe_restore_best))
+        trainer.add_callback(
+            ProbeEarlyStoppingCallback(trainer, args.signal_thresholds, restore_best=args.probe_restore_best)
+        )
 
 
 class ProbeEarlyStoppingCallback(TrainerCallback):
@@ -81,7 +84,7 @@ class ProbeEarlyStoppingCallback(TrainerCallback):
         trainer ([`~transformers.Trainer`]):
             The trainer that gets the callback: one of this package's with probes, or any that has got a
             [`DeltaLogpProbeCallback`].
-        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
+        thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
             The numbers of the rules.
         restore_best (`bool`, *optional*, defaults to `False`):
             Whether the run ends with the weights of the best checkpoint, stopped or not. The model that the run starts
@@ -158,9 +161,10 @@ class ProbeEarlyStoppingCallback(TrainerCallback):
             state.best_model_checkpoint = state.best_global_step = state.best_metric = None
         known = self._known()
         # A checkpoint of a run without early stopping has the first probe only
-        before = [ProbeRecord.from_dict(entry) for entry in known["records"]] if known else [baseline.without_rows()]
+        first = settled(baseline, self.thresholds)
+        before = [ProbeRecord.from_dict(entry) for entry in known["records"]] if known else [first]
         records = [entry for entry in before if entry.step < record.step]
-        records.append(record.without_rows())
+        records.append(settled(record, self.thresholds))
         refreshed_at = known.get("refreshed_at")
         decision = self._agreed(
             early_stop(records, self.thresholds, on_policy=self._samples_negatives(), refreshed_at=refreshed_at)
@@ -289,9 +293,10 @@ class CurriculumCallback(TrainerCallback):
         remeasure (`bool`, *optional*, defaults to `False`):
             Whether hardness is measured again when an epoch begins.
         raise_on_policy (`bool`, *optional*, defaults to `False`):
-            Whether each probe in which more than `thresholds.easy_fraction` (½) of the pairs have a weight below 0.1
-            raises the share of on-policy negatives by `thresholds.on_policy_increment` (0.1). Needs probes.
-        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
+            Whether each probe in which more than `thresholds.easy_fraction` (½) of the pairs have a weight below
+            `thresholds.easy_weight` (0.1) raises the share of on-policy negatives by `thresholds.on_policy_increment`
+            (0.1). Needs probes.
+        thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
             The numbers of the rules.
 
     Example:

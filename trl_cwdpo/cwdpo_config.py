@@ -41,6 +41,10 @@ class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
             checkpoint, see [`ProbeEarlyStoppingCallback`].
         probe_restore_best (`bool`, *optional*, defaults to `True`):
             Whether a run with `probe_early_stopping` ends with the weights of its best checkpoint.
+        probe_thresholds (`dict[str, float]` or `str`, *optional*):
+            Numbers of the rules that read the probes where they are to differ from the defaults, by their names in
+            [`~trl_cwdpo.signal_thresholds.SignalThresholds`]; or the same as JSON. Alerts, early stopping and the
+            report go by them.
         cooling_mode (`str`, *optional*, defaults to `"loss"`):
             What the cooling weight w of a rejected response acts on. `"loss"` (the paper): the log-ratio of the
             rejected response in the loss is multiplied by w. `"gate"`: the loss keeps DPO's value and the gradient of

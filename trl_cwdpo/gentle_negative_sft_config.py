@@ -37,6 +37,10 @@ class GentleNegativeSFTConfig(ProbeOptions, SFTConfig):
             checkpoint, see [`ProbeEarlyStoppingCallback`].
         probe_restore_best (`bool`, *optional*, defaults to `True`):
             Whether a run with `probe_early_stopping` ends with the weights of its best checkpoint.
+        probe_thresholds (`dict[str, float]` or `str`, *optional*):
+            Numbers of the rules that read the probes where they are to differ from the defaults, by their names in
+            [`~trl_cwdpo.signal_thresholds.SignalThresholds`]; or the same as JSON. Alerts, early stopping and the
+            report go by them.
         negative_loss_type (`str`, *optional*, defaults to `"smoothed"`):
             What the rejected responses add to the loss. `"smoothed"` (the paper's abstract): their label-smoothed
             negative log-likelihood at a low weight, which keeps them from vanishing. `"hinge"` (the formula in the

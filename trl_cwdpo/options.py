@@ -65,6 +65,8 @@ def _is_of(value: object, member: Any) -> bool:  # noqa: ANN401 (a type, or a ge
     if typing.get_origin(member) is list:
         (item,) = typing.get_args(member)
         return isinstance(value, list) and all(_is_of(each, item) for each in value)
+    if typing.get_origin(member) is dict:
+        return isinstance(value, dict)
     if member is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if member is int:
@@ -75,5 +77,7 @@ def _is_of(value: object, member: Any) -> bool:  # noqa: ANN401 (a type, or a ge
 def _in_words(member: Any) -> str:  # noqa: ANN401 (as above)
     if typing.get_origin(member) is list:
         return f"a list of {_in_words(typing.get_args(member)[0])}"
+    if typing.get_origin(member) is dict:
+        return "a dictionary"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}
     return words.get(member, str(member))

@@ -4,6 +4,9 @@ Pure tensor arithmetic. A batch of `B` pairs comes as `2B` rows of `T` tokens, t
 right. Prompts, chosen and rejected responses are cut out of it and put into `B` rows of three blocks, each padded on
 the right to the longest of the batch. The side whose block is longer comes first, so that the shapes alone tell the
 blocks apart. [`PrefixLayout`] goes there and back.
+
+Prompts may have more than two responses: K sides come as `KB` rows and make blocks as wide as the widest, but for the
+last and shortest one, which keeps its width.
 """
 
 from collections.abc import Callable
@@ -19,19 +22,19 @@ IGNORED = -100
 @dataclass(frozen=True)
 class PrefixLayout:
     """
-    The layout of one batch of `B` pairs.
+    The layout of one batch of `B` pairs, or of `B` prompts with K responses.
 
     Args:
         prompt_lengths (`torch.Tensor` of shape `(B,)`):
             Tokens of each prompt, at least 1.
-        lengths (`torch.Tensor` of shape `(2, B)`):
+        lengths (`torch.Tensor` of shape `(K, B)`):
             Tokens of each chosen and each rejected response, at least 1.
         length (`int`):
             T, columns of the batch as it came.
         prompt (`int`):
             P, the width of the block of prompts.
-        sides (`tuple[int, int]`):
-            Widths of the blocks of the chosen and of the rejected responses.
+        sides (`tuple[int, ...]` of length K):
+            Tokens of the longest chosen and of the longest rejected response.
         padded_prompts (`bool`):
             Whether prompts differ in length.
         tokens (`int`):
@@ -42,7 +45,7 @@ class PrefixLayout:
     lengths: torch.Tensor
     length: int
     prompt: int
-    sides: tuple[int, int]
+    sides: tuple[int, ...]
     padded_prompts: bool
     tokens: int
 
@@ -54,17 +57,13 @@ class PrefixLayout:
     @property
     def width(self) -> int:
         """N, tokens of a row."""
-        return self.prompt + sum(self.sides)
+        return self.prompt + max(self.sides) * (len(self.sides) - 1) + min(self.sides)
 
-    @property
-    def longer(self) -> int:
-        """Which side comes first: 0 for the chosen one."""
-        return int(self.sides[1] > self.sides[0])
-
-    @property
-    def _starts(self) -> tuple[int, int]:
-        first = self.prompt + self.sides[self.longer]
-        return (self.prompt, first) if self.longer == 0 else (first, self.prompt)
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        # The longest side comes first
+        order = sorted(range(len(self.sides)), key=lambda side: -self.sides[side])
+        return tuple(self.prompt + max(self.sides) * order.index(side) for side in range(len(order)))
 
     @property
     def used(self) -> torch.Tensor:
@@ -73,7 +72,7 @@ class PrefixLayout:
 
     @property
     def side_of_column(self) -> torch.Tensor:
-        """-1 for the prompt, 0 for the chosen, 1 for the rejected response, `torch.Tensor` of shape `(N,)`."""
+        """-1 for the prompt, 0 for the chosen, 1 for the rejected response …, `torch.Tensor` of shape `(N,)`."""
         return self._place[0]
 
     def _columns(self, width: int) -> torch.Tensor:
@@ -86,8 +85,8 @@ class PrefixLayout:
         side = torch.full_like(column, -1)
         place = column.clone()
         for index, start in enumerate(self._starts):
-            block = slice(start, start + self.sides[index])
-            side[block], place[block] = index, column[: self.sides[index]]
+            block = slice(start, min(start + max(self.sides), self.width))
+            side[block], place[block] = index, column[: block.stop - start]
         limits = torch.cat([self.lengths, self.prompt_lengths.unsqueeze(0)])  # side -1 is the last
         return side, place, place < limits[side].transpose(0, 1)
 
@@ -96,17 +95,17 @@ class PrefixLayout:
         Tokens of the batch, or anything said of each of them, as rows.
 
         Args:
-            tensor (`torch.Tensor` of shape `(2B, T)`):
+            tensor (`torch.Tensor` of shape `(KB, T)`):
                 As the collator returns it. Padding takes the value of the first chosen token.
 
         Returns:
             `torch.Tensor` of shape `(B, N)`.
         """
-        return torch.cat(tensor.chunk(2), dim=1).gather(1, self._origin)
+        return torch.cat(tensor.chunk(len(self.sides)), dim=1).gather(1, self._origin)
 
     @cached_property
     def _origin(self) -> torch.Tensor:
-        # Of each column of a row: its column in [chosen row | rejected row]
+        # Of each column of a row: its column in [chosen row | rejected row | …]
         side, place, used = self._place
         prompt = self.prompt_lengths.unsqueeze(1)
         index = torch.where(side < 0, place, prompt + place) + self.length * side.clamp(min=0)
@@ -136,11 +135,11 @@ class PrefixLayout:
     @cached_property
     def side_mask(self) -> torch.Tensor:
         """
-        What the longer side may attend to; its first rows and columns are what the shorter side may.
+        What the longest side may attend to; its first rows and columns are what a shorter side may.
 
         Returns:
             `torch.Tensor` of shape `(B, 1, M, P + M)`, bool, columns being the prompt and the side itself, with M the
-            longer side. The first dimension is 1 where no prompt is padded.
+            longest side. The first dimension is 1 where no prompt is padded.
         """
         width = max(self.sides)
         causal = torch.ones(width, width, dtype=torch.bool, device=self.prompt_lengths.device).tril()
@@ -166,9 +165,14 @@ class PrefixLayout:
 
     @cached_property
     def _before_response(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Counts 0 (last token of the prompt), 1, … (response); of each of 2B rows whether it exists, and its prompt
+        # Counts 0 (last token of the prompt), 1, … (response); of each of KB rows whether it exists, and its prompt
         count = self._columns(1 + max(self.sides))
-        return count, count <= self.lengths.reshape(-1, 1), self.prompt_lengths.repeat(2).unsqueeze(1)
+        return count, count <= self.lengths.reshape(-1, 1), self._prompts
+
+    @property
+    def _prompts(self) -> torch.Tensor:
+        # Their lengths once for each response, of shape (KB, 1)
+        return self.prompt_lengths.repeat(len(self.sides)).unsqueeze(1)
 
     @cached_property
     def scored_index(self) -> torch.Tensor:
@@ -176,23 +180,23 @@ class PrefixLayout:
         The places that predict responses: the last token of the prompt, and the response.
 
         Returns:
-            `torch.Tensor` of shape `(2B, 1 + M)`, indices into rows laid end to end.
+            `torch.Tensor` of shape `(KB, 1 + M)`, indices into rows laid end to end.
         """
         count, exists, prompt = self._before_response
         starts = torch.tensor(self._starts, device=count.device).repeat_interleave(self.pairs).unsqueeze(1)
         place = torch.where(exists & (count > 0), starts + count - 1, prompt - 1)
-        return place + self.width * self._columns(self.pairs).repeat(2).unsqueeze(1)
+        return place + self.width * self._columns(self.pairs).repeat(len(self.sides)).unsqueeze(1)
 
     def labels(self, labels: torch.Tensor) -> torch.Tensor:
         """
         Labels of the places of [`~PrefixLayout.scored_index`].
 
         Args:
-            labels (`torch.Tensor` of shape `(2B, T)`):
+            labels (`torch.Tensor` of shape `(KB, T)`):
                 Labels of the batch as it came.
 
         Returns:
-            `torch.Tensor` of shape `(2B, 1 + M)`, -100 where there is no response.
+            `torch.Tensor` of shape `(KB, 1 + M)`, -100 where there is no response.
         """
         count, exists, prompt = self._before_response
         index = (prompt - 1 + count).clamp(max=self.length - 1)
@@ -203,11 +207,11 @@ class PrefixLayout:
         Values of the scored places, as the usual forward pass returns them.
 
         Args:
-            per_token (`torch.Tensor` of shape `(2B, M)`):
+            per_token (`torch.Tensor` of shape `(KB, M)`):
                 Value of each token of the responses.
 
         Returns:
-            `torch.Tensor` of shape `(2B, T - 1)`, zero outside the responses.
+            `torch.Tensor` of shape `(KB, T - 1)`, zero outside the responses.
         """
         place, elsewhere = self._restored
         return per_token.gather(1, place).masked_fill(elsewhere, 0)
@@ -215,7 +219,7 @@ class PrefixLayout:
     @cached_property
     def _restored(self) -> tuple[torch.Tensor, torch.Tensor]:
         # Of each of T - 1 places: which of the scored ones it is, and whether it is none
-        place = self._columns(self.length - 1) - (self.prompt_lengths.repeat(2).unsqueeze(1) - 1)
+        place = self._columns(self.length - 1) - (self._prompts - 1)
         elsewhere = (place < 0) | (place >= self.lengths.reshape(-1, 1))
         return place.clamp(min=0, max=max(self.sides) - 1), elsewhere
 
@@ -240,10 +244,12 @@ class PrefixLayout:
         """
         per_token = 8 * hidden_size**2 + 6 * hidden_size * intermediate_size
         per_score = 2 * hidden_size * head_size
-        longer, shorter = max(self.sides), min(self.sides)
-        seen = self.prompt**2 / 2 + longer * (self.prompt + longer) + shorter * (self.prompt + shorter)
-        ours = (width or self.width) * per_token + 2 * (1 + longer) * per_score + 4 * hidden_size * seen
-        return ours / (2 * self.length * (per_token + per_score) + 4 * hidden_size * self.length**2)
+        longer, shorter, sides = max(self.sides), min(self.sides), len(self.sides)
+        seen = self.prompt**2 / 2 + longer * (self.prompt + longer) * (sides - 1) + shorter * (self.prompt + shorter)
+        ours = (width or self.width) * per_token + sides * (1 + longer) * per_score + 4 * hidden_size * seen
+        # Causal attention computes half of what it could see
+        usual = self.length * (per_token + per_score) + 4 * hidden_size * self.length**2 / 2
+        return ours / (sides * usual)
 
 
 class PackedRows:
@@ -260,7 +266,7 @@ class PackedRows:
     """
 
     def __init__(self, layout: PrefixLayout, multiple: int = 128) -> None:
-        self.layout = layout
+        self.layout, self.pairs = layout, layout.pairs
         self.restore, self.labels = layout.restore, layout.labels
         used = layout.used.flatten()
         # Tokens keep their order, so a stable sort puts padding behind them without asking for their number
@@ -324,23 +330,25 @@ class PackedRows:
 
 
 def find_layout(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor, sides: int = 2
 ) -> PrefixLayout | str:
     """
     The layout of a batch.
 
     Args:
-        input_ids (`torch.Tensor` of shape `(2B, T)`):
+        input_ids (`torch.Tensor` of shape `(KB, T)`):
             Tokens, chosen rows first.
-        attention_mask (`torch.Tensor` of shape `(2B, T)`, *optional*):
+        attention_mask (`torch.Tensor` of shape `(KB, T)`, *optional*):
             Zero on padding.
-        labels (`torch.Tensor` of shape `(2B, T)`):
+        labels (`torch.Tensor` of shape `(KB, T)`):
             -100 outside the responses.
+        sides (`int`, *optional*, defaults to `2`):
+            K, responses to each prompt.
 
     Returns:
         [`PrefixLayout`], or why the pairs of this batch do not share a prefix.
     """
-    if attention_mask is None or attention_mask.shape != input_ids.shape or len(input_ids) % 2:
+    if attention_mask is None or attention_mask.shape != input_ids.shape or len(input_ids) % sides:
         return "it is no batch of pairs with a padding mask"
     column = torch.arange(input_ids.size(1), device=input_ids.device)
     response = labels != IGNORED
@@ -348,21 +356,24 @@ def find_layout(
     prompts = used - lengths
     before_end = column < used.unsqueeze(1)
     regular = (attention_mask.bool() == before_end) & (response == (before_end & (column >= prompts.unsqueeze(1))))
-    chosen, rejected = input_ids.chunk(2)
-    chosen_prompts, rejected_prompts = prompts.chunk(2)
-    same = (chosen == rejected) | (column >= chosen_prompts.unsqueeze(1))
-    widths = [chosen_prompts.max(), chosen_prompts.min(), *lengths.reshape(2, -1).amax(dim=1), lengths.min()]
-    tokens = chosen_prompts.sum() + lengths.sum()
-    checks = [regular.all(), same.all() & (chosen_prompts == rejected_prompts).all()]
+    chosen, *others = input_ids.chunk(sides)
+    prompts, *their_prompts = prompts.chunk(sides)
+    in_response = column >= prompts.unsqueeze(1)
+    same = [
+        (((chosen == other) | in_response).all() & (prompts == theirs).all())
+        for other, theirs in zip(others, their_prompts, strict=True)
+    ]
+    widths = [prompts.max(), prompts.min(), lengths.min(), *lengths.reshape(sides, -1).amax(dim=1)]
+    tokens = prompts.sum() + lengths.sum()
+    checks = [regular.all(), torch.stack(same).all()]
     # All that the host needs to know, in one transfer
-    found = torch.stack([*widths, tokens, *(check.long() for check in checks)]).tolist()
-    longest, shortest, chosen_width, rejected_width, shortest_side, total, is_regular, is_same = found
+    found = torch.stack([tokens, *(check.long() for check in checks), *widths]).tolist()
+    total, is_regular, is_same, longest, shortest, shortest_side, *of_sides = map(int, found)
     if not is_regular:
         return "its rows are not a prompt and a response, padded on the right"
     if not is_same:
         return "the prompts of chosen and rejected rows differ, as when `truncation_mode='keep_end'` cuts them"
     if not shortest or not shortest_side:
         return "a prompt or a response is empty"
-    sides = (int(chosen_width), int(rejected_width))
-    uneven = bool(longest != shortest)
-    return PrefixLayout(chosen_prompts, lengths.reshape(2, -1), len(column), int(longest), sides, uneven, int(total))
+    uneven = longest != shortest
+    return PrefixLayout(prompts, lengths.reshape(sides, -1), len(column), longest, tuple(of_sides), uneven, total)

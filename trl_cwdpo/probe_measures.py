@@ -1,4 +1,4 @@
-r"""What a probe computes, as pure functions: token statistics, calibration, intervals, squeezing, loser share, spikes.
+r"""What a probe computes, as pure functions: token statistics, calibration, intervals, squeezing, loser share.
 
 Sources: squeezing, displacement and the response families after *Learning Dynamics of LLM Finetuning* (arXiv
 2407.10490); smooth ECE after *Smooth ECE: Principled Reliability Diagrams via Kernel Smoothing* (arXiv 2309.12236).
@@ -8,7 +8,7 @@ the policy, q that of the reference.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -23,8 +23,6 @@ CHUNK_NUMBERS = 2**24
 SMOOTH_MODES, SMOOTH_GRID = 512, 2001
 # Rows drawn by a bootstrap, up to which they are kept for the next one: 8 MB
 KEPT_PICKS = 2**20
-# Scales the median absolute deviation to a standard deviation of a normal sample
-MAD_TO_STD = 1.48
 
 
 @dataclass(frozen=True)
@@ -400,7 +398,7 @@ def squeezing_index(argmax: np.ndarray, others: Sequence[np.ndarray]) -> np.ndar
     return argmax - np.mean(np.stack(list(others)), axis=0)
 
 
-def is_displaced(chosen_delta_high: float, margin_change: float, threshold: float = -0.02) -> bool:
+def is_displaced(chosen_delta_high: float, margin_change: float, threshold: float) -> bool:
     """
     Displacement (ours): the chosen responses have surely lost probability although the margin grows.
 
@@ -409,44 +407,10 @@ def is_displaced(chosen_delta_high: float, margin_change: float, threshold: floa
             Upper end of the interval of Δ0(chosen), nats per token.
         margin_change (`float`):
             Change of the mean margin Δ_w − Δ_l since step 0, nats per sequence.
-        threshold (`float`, *optional*, defaults to `-0.02`):
+        threshold (`float`):
             Nats per token.
 
     Returns:
         `bool`.
     """
     return chosen_delta_high < threshold and margin_change > 0.0
-
-
-def gradient_spikes(norms: Sequence[float] | np.ndarray, window: int = 50, minimum: int = 10) -> np.ndarray:
-    """
-    Gradient norms above median + 6·1.48·MAD and above 3 × median of the norms before them (ours).
-
-    Args:
-        norms (`Sequence[float]` of length `N`):
-            Gradient norms in the order of training.
-        window (`int`, *optional*, defaults to `50`):
-            How many norms before one are looked at.
-        minimum (`int`, *optional*, defaults to `10`):
-            With fewer norms before it, none is a spike.
-
-    Returns:
-        `np.ndarray` of shape `(N,)`, of booleans. A norm that is not finite is a spike, and no part of a window.
-    """
-    return np.fromiter(_spikes(norms, window, minimum), dtype=bool)
-
-
-def _spikes(norms: Sequence[float] | np.ndarray, window: int, minimum: int) -> Iterator[bool]:
-    before: list[float] = []
-    for norm in map(float, norms):
-        if not math.isfinite(norm):
-            yield True
-            continue
-        recent = np.asarray(before[-window:])
-        if recent.size < minimum:
-            yield False
-        else:
-            median = float(np.median(recent))
-            deviation = float(np.median(np.abs(recent - median)))
-            yield norm > median + 6.0 * MAD_TO_STD * deviation and norm > 3.0 * median
-        before.append(norm)

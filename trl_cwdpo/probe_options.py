@@ -1,7 +1,10 @@
 """Options of the Δ log p probes, the same for both stages."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
+
+from .signal_thresholds import SignalThresholds
 
 # Measured with a forward pass each; the other families come from the same passes
 FORWARD_FAMILIES = ("chosen", "rejected", "rephrase", "mismatched", "shuffled")
@@ -34,6 +37,10 @@ class ProbeOptions:
             Whether the run stops when its probes say so.
         probe_restore_best (`bool`, *optional*, defaults to `True`):
             Whether a run with `probe_early_stopping` ends with the weights of its best probe.
+        probe_thresholds (`dict[str, float]` or `str`, *optional*):
+            Numbers of the rules that read the probes, by their names in
+            [`~trl_cwdpo.signal_thresholds.SignalThresholds`], where they are to differ from the defaults; or the same
+            as JSON. Alerts, early stopping and the report go by them.
     """
 
     probe_dataset_size: int = field(
@@ -66,6 +73,14 @@ class ProbeOptions:
         default=True,
         metadata={"help": "Whether a run with `probe_early_stopping` ends with the weights of its best checkpoint."},
     )
+    probe_thresholds: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Numbers of the rules that read the probes where they are to differ from the defaults, as a "
+            'dictionary or JSON, such as \'{"total_variation": 0.4, "patience": 3}\'. The names are those of '
+            "`trl_cwdpo.signals.SignalThresholds`. Alerts, early stopping and the report go by them."
+        },
+    )
 
     def _check_probe_options(self) -> None:
         if self.probe_dataset_size < 1:
@@ -77,6 +92,7 @@ class ProbeOptions:
             raise ValueError(f"`probe_steps` must be at least 0 (no probes), got {self.probe_steps}.")
         if self.probe_families is not None:
             check_families("probe_families", self.probe_families)
+        self.probe_thresholds = _numbers(self.probe_thresholds)
         if self.probe_early_stopping and self.probe_steps == 0:
             raise ValueError(
                 "`probe_early_stopping=True` decides by probes, which `probe_steps=0` switches off. Set `probe_steps` "
@@ -84,8 +100,33 @@ class ProbeOptions:
             )
 
     @property
+    def signal_thresholds(self) -> SignalThresholds:
+        """The numbers of the rules that read the probes."""
+        return SignalThresholds.of(_numbers(self.probe_thresholds) or {})
+
+    @property
     def chosen_probe_options(self) -> dict[str, Any]:
         """The probe options that differ from their defaults, by name: what the user has asked for."""
-        names = ("probe_dataset_size", "probe_steps", "probe_families", "probe_early_stopping")
+        names = (
+            "probe_dataset_size",
+            "probe_steps",
+            "probe_families",
+            "probe_early_stopping",
+            "probe_thresholds",
+        )
         defaults = {name: type(self).__dataclass_fields__[name].default for name in names}
         return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+
+
+def _numbers(given: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """`probe_thresholds` as a dictionary, of names and numbers that make sense."""
+    if given is None:
+        return None
+    try:
+        numbers = json.loads(given) if isinstance(given, str) else given
+        if not isinstance(numbers, dict):
+            raise ValueError("It must be a dictionary of numbers by name, or one as JSON.")
+        SignalThresholds.of(numbers)
+    except ValueError as error:
+        raise ValueError(f"`probe_thresholds`={given!r}: {error}") from None
+    return numbers

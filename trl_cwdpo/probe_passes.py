@@ -23,6 +23,7 @@ from .upstream.shared_prefix import scored_places
 logger = logging.getLogger(__name__)
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+PAIR = ("chosen", "rejected")
 # Hidden states, and the head that reads them
 States = tuple[torch.Tensor, OutputHead]
 Scored = tuple[TokenStatistics, States]
@@ -57,9 +58,9 @@ class Reference:
 
 class PromptSharing:
     """
-    Whether two families of a batch may be computed with one prompt, as the trainer's fast path does with pairs.
+    Whether the families of a batch may be computed with one prompt, as the trainer's fast path does with pairs.
 
-    The first batch is computed both ways. Where they disagree, or one row for both cannot be run, every family has
+    The first batch is computed both ways. Where they disagree, or one row for all cannot be run, every family has
     rows of its own from then on. Each process decides for itself: no forward pass here waits for another process.
 
     Args:
@@ -79,7 +80,7 @@ class PromptSharing:
         usual: Callable[[], list[Scored]],
     ) -> list[Scored]:
         """
-        Score two families.
+        Score some families.
 
         Args:
             model ([`~transformers.PreTrainedModel`]):
@@ -149,8 +150,8 @@ class _Responses:
         return replace(self, kwargs={**kwargs, "mm_encoder_outputs": {"image": features}})
 
 
-def _both(responses: Sequence[_Responses]) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any]]:
-    """Two families as a batch of pairs: what is said of tokens, labels, and the rest, which is the same for both."""
+def _stacked(responses: Sequence[_Responses]) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any]]:
+    """Some families as one batch: what is said of tokens, labels, and the rest, which is the same for all."""
     width = max(each.labels.size(1) for each in responses)
 
     def joined(tensors: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
@@ -188,19 +189,20 @@ def _together(
     responses: Sequence[_Responses],
     against: Sequence[States | None],
 ) -> list[Scored] | None:
-    """Two families in one forward pass with one row for both, or nothing where that cannot be or does not pay."""
-    text, labels, others = _both(responses)
+    """Families in one forward pass with one row for all, or nothing where that cannot be or does not pay."""
+    text, labels, others = _stacked(responses)
     if row_obstacle(model, {**text, **others}) is not None:
         return None
-    layout = find_layout(text["input_ids"], text["attention_mask"], labels)
+    layout = find_layout(text["input_ids"], text["attention_mask"], labels, len(responses))
     if isinstance(layout, str) or relative_cost(model, layout) > WORTHWHILE:
         return None
     places = layout.labels(labels)[:, 1:]
     seen: list[Scored] = []
 
     def score(hidden: torch.Tensor, head: OutputHead) -> None:
-        halves = zip(hidden[:, :-1].chunk(2), places.to(hidden.device).chunk(2), against, strict=True)
-        for states, targets, given in halves:
+        count = len(responses)
+        parts = zip(hidden[:, :-1].chunk(count), places.to(hidden.device).chunk(count), against, strict=True)
+        for states, targets, given in parts:
             is_token = targets != IGNORED
             picked = states[is_token]
             statistics = probe_measures.token_statistics(picked, targets[is_token], head, given)
@@ -228,7 +230,7 @@ class Passes:
         prepare_inputs (`Callable`, *optional*):
             Moves inputs to the device; by default, to that of the model.
         sharing ([`PromptSharing`], *optional*):
-            Lets two families share their prompts.
+            Lets families share their prompts.
     """
 
     def __init__(
@@ -276,17 +278,14 @@ class Passes:
         mine = [(rank + world * i) % count for i in range(-(-count // world))]
         found: list[dict[str, Any]] = []
         for positions, prompts in self.rows.batches(mine, batch_size):
-            measured: list[dict[str, Any]] = [{"position": position} for position in positions]
-            features: Any = None
-            # Two families at a time, which may share their prompts
-            for group in (families[start : start + 2] for start in range(0, len(families), 2)):
-                inputs = [self.prepare_inputs(self.rows.family_inputs(positions, name, prompts)) for name in group]
-                features = self._picture_features(inputs[0]) if features is None else features
-                values = self._group([_Responses.of(each) for each in inputs], group, tuple(positions), features)
-                for family, of_family in zip(group, values, strict=True):
-                    for row, value in zip(measured, of_family, strict=True):
-                        row[family] = value
-            found += measured
+            # The pictures, which are the same for all families, go to the device once
+            pictures = {name: value for name, value in prompts.items() if name not in TEXT_TENSORS}
+            prompts = {**prompts, **(self.prepare_inputs(pictures) if pictures else {})}
+            inputs = [self.prepare_inputs(self.rows.family_inputs(positions, name, prompts)) for name in families]
+            values = self._batch([_Responses.of(each) for each in inputs], families, tuple(positions))
+            for place, position in enumerate(positions):
+                of_families = {name: of[place] for name, of in zip(families, values, strict=True)}
+                found.append({"position": position, **of_families})
         if world > 1:
             found = gather_object(found)
         return [row for _, row in sorted({row["position"]: row for row in found}.items())]
@@ -297,13 +296,10 @@ class Passes:
             return None
         return features_of.picture_features(self.inner, inputs)
 
-    def _group(
-        self,
-        responses: list["_Responses"],
-        families: Sequence[str],
-        positions: tuple[int, ...],
-        features: Any,  # noqa: ANN401 (as above)
+    def _batch(
+        self, responses: list["_Responses"], families: Sequence[str], positions: tuple[int, ...]
     ) -> list[list[dict[str, Any]]]:
+        features = self._picture_features(responses[0].kwargs)
         known = self._of_reference(responses, families, positions)
         against = [states for _, states in known]
         inputs = [each.with_features(features) for each in responses]
@@ -317,18 +313,24 @@ class Passes:
         self, responses: list["_Responses"], families: Sequence[str], positions: tuple[int, ...]
     ) -> list[tuple[torch.Tensor | None, States | None]]:
         # Log-probabilities and, of chosen responses, what whole distributions are computed from
-        reference = self.reference
-        if reference is None or "chosen" not in families:
-            return [(None, None)] * len(families)
-        keys = [(family, positions) for family in families]
-        known: list[Any] = [None if reference.seen is None else reference.seen.get(key) for key in keys]
-        if any(each is None for each in known):
-            found = self._scored(reference.model, reference.run, responses, [None] * len(families), copy=self.sharded)
-            for place, (statistics, states) in enumerate(found):
-                known[place] = statistics.logp, states if families[place] == "chosen" else None
-                self._remember(known[place], families[place], positions)
+        reference, nothing = self.reference, (None, None)
+        if reference is None:
+            return [nothing] * len(families)
+        # Log-ratios are those of pairs
+        seen = {} if reference.seen is None else reference.seen
+        known: dict[str, Any] = {family: seen.get((family, positions)) for family in families if family in PAIR}
+        if any(each is None for each in known.values()):
+            # In the very way of the policy, other families included, so that equal models come to equal numbers
+            asked = families if self._may_share(reference.model) else list(known)
+            theirs = [responses[families.index(family)] for family in asked]
+            found = self._scored(reference.model, reference.run, theirs, [None] * len(asked), copy=self.sharded)
+            for family, (statistics, states) in zip(asked, found, strict=True):
+                if family in known:
+                    known[family] = statistics.logp, states if family == "chosen" else None
+                    self._remember(known[family], family, positions)
         device = responses[0].labels.device
-        return [(logps, states and (states[0].to(device), states[1])) for logps, states in known]
+        said = (known.get(family, nothing) for family in families)
+        return [(logps, states and (states[0].to(device), states[1])) for logps, states in said]
 
     def _scored(
         self,
@@ -342,9 +344,12 @@ class Passes:
         def usual() -> list[Scored]:
             return [_each(model, run, one, given, copy=copy) for one, given in zip(responses, against, strict=True)]
 
-        if self.sharing is None or self.sharded or len(responses) == 1:
+        if self.sharing is None or self.sharded:
             return usual()
         return self.sharing.run(model, lambda: _together(model, run, responses, against), usual)
+
+    def _may_share(self, model: PreTrainedModel) -> bool:
+        return self.sharing is not None and not self.sharded and self.sharing.verdicts.get(id(model), True)
 
     def _remember(self, known: tuple[torch.Tensor, States | None], family: str, positions: tuple[int, ...]) -> None:
         # The head of a sharded reference is gathered for one forward, and too large to keep

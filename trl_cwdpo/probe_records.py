@@ -104,19 +104,22 @@ class ProbeRecord:
         loser_share (`float`, *optional*):
             Mean share of the rejected side in a pair's push.
         saturated_fraction (`float`, *optional*):
-            Share of pairs with a′ > 0.9 (a in `"gate"` mode and without cooling).
+            Share of pairs with a′ > 0.9 (a in `"gate"` mode and without cooling), or above another
+            `saturated_preference` of the run.
         weight (`float`, *optional*):
             Mean cooling weight w of the rows.
         trained_weight (`float`, *optional*):
             Mean cooling weight of the pairs trained on since the probe before, as logged.
         easy_fraction (`float`, *optional*):
-            Share of pairs with w < 0.1.
+            Share of pairs with w < 0.1, or below another `easy_weight` of the run.
         accuracy (`float`, *optional*):
             Share of pairs with Δ_w > Δ_l.
         row_margins (`tuple[float, ...]`):
             Δ_w − Δ_l of each row, nats per sequence.
         row_weights (`tuple[float, ...]`):
             Cooling weight w of each row; empty without cooling.
+        row_preferences (`tuple[float, ...]`):
+            a′ of each row (a in `"gate"` mode and without cooling); empty without a pair loss.
         reliability (`tuple[tuple[int, float, float], ...]`):
             Of each bin of the calibration error that is not empty: tokens, mean confidence, accuracy.
         grad_spikes (`int`, *optional*):
@@ -152,6 +155,7 @@ class ProbeRecord:
     accuracy: float | None = None
     row_margins: tuple[float, ...] = ()
     row_weights: tuple[float, ...] = ()
+    row_preferences: tuple[float, ...] = ()
     reliability: tuple[tuple[int, float, float], ...] = ()
     grad_spikes: int | None = None
     seconds: float | None = None
@@ -181,7 +185,7 @@ class ProbeRecord:
         values["families"] = {name: FamilyMeasure.from_dict(family) for name, family in data["families"].items()}
         values["margin"] = Interval.from_dict(data["margin"]) or UNKNOWN
         values["squeezing_index"] = Interval.from_dict(data.get("squeezing_index"))
-        for name in ("row_margins", "row_weights"):
+        for name in ("row_margins", "row_weights", "row_preferences"):
             values[name] = tuple(math.nan if value is None else value for value in data.get(name, ()))
         values["reliability"] = tuple((int(n), sure, right) for n, sure, right in data.get("reliability", ()))
         for name in ("entropy", "top1_mass", "brier", "ece", "smooth_ece"):
@@ -196,7 +200,7 @@ class ProbeRecord:
     def without_rows(self) -> "ProbeRecord":
         """The record without what it says of single rows and bins: all that decisions rest on, and small."""
         families = {name: replace(family, rows=(), row_avg_logps=()) for name, family in self.families.items()}
-        return replace(self, families=families, row_margins=(), row_weights=(), reliability=())
+        return replace(self, families=families, row_margins=(), row_weights=(), row_preferences=(), reliability=())
 
     def delta0(self, family: str) -> Interval | None:
         """Change of a family since the first probe, or `None` where it is not known."""
@@ -265,12 +269,12 @@ def read_records(path: str | os.PathLike[str]) -> list[ProbeRecord]:
     return records
 
 
-def append_record(path: str | os.PathLike[str], record: ProbeRecord) -> None:
-    """Add a record to the file at `path`, which is created where it is missing."""
+def append_record(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Add what [`~ProbeRecord.to_dict`] returned to the file at `path`, which is created where it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record.to_dict(), allow_nan=False) + "\n")
+        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[ProbeRecord]) -> None:

@@ -12,11 +12,7 @@ from .probe_measures import Interval, bootstrap
 from .probe_options import FAMILIES, FORWARD_FAMILIES
 from .probe_records import FamilyMeasure, ProbeRecord
 from .probe_rows import ProbeRows
-
-SATURATED = 0.9
-EASY_WEIGHT = 0.1
-# Without a cooling weight, the lowest quarter of the rejected responses counts as easy, as with the preset "tail"
-EASY_QUANTILE = 0.25
+from .signal_thresholds import DEFAULTS, SignalThresholds
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,7 @@ def summarise(
     pair_loss: PairLoss | None,
     baseline: ProbeRecord | None,
     previous: ProbeRecord | None,
+    thresholds: SignalThresholds = DEFAULTS,
 ) -> ProbeRecord:
     """
     Make the record of one probe.
@@ -84,17 +81,19 @@ def summarise(
             The first probe of the run.
         previous ([`ProbeRecord`], *optional*):
             The probe before.
+        thresholds ([`SignalThresholds`], *optional*):
+            What counts as easy, saturated and displaced.
 
     Returns:
         [`ProbeRecord`], of step 0.
     """
-    values = _row_values(found, rows, pair_loss, baseline)
+    values = _row_values(found, rows, pair_loss, baseline, thresholds)
     measures = {
         name: _family_measure(name, values[name], baseline, previous, rows.seed)
         for name in FAMILIES
         if values.get(name) and name in {*families, "chosen", "rejected"}
     }
-    margins, pair_values = _pairs(found, pair_loss, baseline)
+    margins, pair_values = _pairs(found, pair_loss, baseline, thresholds)
     margin = bootstrap(margins, rows.seed)
     chosen = [row["chosen"] for row in found]
     tokens = sum(row["length"] for row in chosen)
@@ -107,7 +106,8 @@ def summarise(
     delta0 = measures["chosen"].delta0
     displaced = None
     if baseline is not None and delta0 is not None:
-        displaced = probe_measures.is_displaced(delta0.high, margin.mean - baseline.margin.mean)
+        rise = margin.mean - baseline.margin.mean
+        displaced = probe_measures.is_displaced(delta0.high, rise, thresholds.displacement)
     return ProbeRecord(
         step=0,
         num_rows=len(found),
@@ -131,7 +131,11 @@ def summarise(
 
 
 def _row_values(
-    found: list[dict[str, Any]], rows: ProbeRows, pair_loss: PairLoss | None, baseline: ProbeRecord | None
+    found: list[dict[str, Any]],
+    rows: ProbeRows,
+    pair_loss: PairLoss | None,
+    baseline: ProbeRecord | None,
+    thresholds: SignalThresholds,
 ) -> dict[str, dict[int, float]]:
     values: dict[str, dict[int, float]] = {}
     for family in FORWARD_FAMILIES:
@@ -141,14 +145,18 @@ def _row_values(
             if family in row and family in rows.rows[row["position"]].completions
         }
     values["argmax"] = {row["position"]: row["chosen"]["argmax"] / row["chosen"]["length"] for row in found}
-    hard, easy = _split(values["rejected"], rows, pair_loss, baseline)
+    hard, easy = _split(values["rejected"], rows, pair_loss, baseline, thresholds)
     for name, members in (("rejected_hard", hard), ("rejected_easy", easy)):
         values[name] = {position: values["rejected"][position] for position in members}
     return values
 
 
 def _split(
-    rejected: dict[int, float], rows: ProbeRows, pair_loss: PairLoss | None, baseline: ProbeRecord | None
+    rejected: dict[int, float],
+    rows: ProbeRows,
+    pair_loss: PairLoss | None,
+    baseline: ProbeRecord | None,
+    thresholds: SignalThresholds,
 ) -> tuple[list[int], list[int]]:
     # Once and for all in the first probe: a response that is cooled down stays what it was
     if baseline is not None:
@@ -161,9 +169,10 @@ def _split(
         return hard, easy
     positions, avg_logps = list(rejected), np.array(list(rejected.values()))
     if pair_loss is not None and pair_loss.grades:
-        is_hard = pair_loss.weights(avg_logps) >= 0.5
+        is_hard = pair_loss.weights(avg_logps) >= thresholds.hard_weight
     else:
-        is_hard = avg_logps >= np.quantile(avg_logps, EASY_QUANTILE)
+        # As with the preset "tail", by default
+        is_hard = avg_logps >= np.quantile(avg_logps, thresholds.easy_quantile)
     return [p for p, h in zip(positions, is_hard, strict=True) if h], [
         p for p, h in zip(positions, is_hard, strict=True) if not h
     ]
@@ -209,7 +218,10 @@ def _squeezing(measures: dict[str, FamilyMeasure], baseline: ProbeRecord | None,
 
 
 def _pairs(
-    found: list[dict[str, Any]], pair_loss: PairLoss | None, baseline: ProbeRecord | None
+    found: list[dict[str, Any]],
+    pair_loss: PairLoss | None,
+    baseline: ProbeRecord | None,
+    thresholds: SignalThresholds,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     # Margins Δ_w − Δ_l of the pairs, and what depends on the loss
     ratios = {side: _log_ratios(found, side, baseline) for side in ("chosen", "rejected")}
@@ -226,14 +238,16 @@ def _pairs(
     )
     chosen, rejected = (coefficient.numpy() for coefficient in coefficients)
     brier = [np.array([row[side]["brier"] for row in found]) for side in ("chosen", "rejected")]
+    preferences = 1.0 + chosen / pair_loss.beta
     values: dict[str, Any] = {
         "loser_share": float(probe_measures.loser_share(chosen, rejected, *brier).mean()),
-        "saturated_fraction": float((1.0 + chosen / pair_loss.beta > SATURATED).mean()),
+        "saturated_fraction": float((preferences > thresholds.saturated_preference).mean()),
+        "row_preferences": tuple(preferences.tolist()),
     }
     if pair_loss.mode != "off":
         values |= {
             "weight": float(weights.mean()),
-            "easy_fraction": float((weights < EASY_WEIGHT).mean()),
+            "easy_fraction": float((weights < thresholds.easy_weight).mean()),
             "row_weights": tuple(weights.tolist()),
         }
     return margins, values

@@ -22,7 +22,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from . import upstream
 from .alerts import DefaultProbeAlerts, ProbeAlertCallback
 from .preserved import evaluation_mode, preserved_random_state
-from .probe_measures import gradient_spikes
 from .probe_options import FAMILIES, FORWARD_FAMILIES, check_families
 from .probe_passes import SHARDED, Passes, PromptSharing, Reference
 from .probe_records import RECORDS_FILE, ProbeRecord, append_record, read_records, write_records
@@ -31,6 +30,8 @@ from .probe_summary import PairLoss, summarise
 from .redaction import redacted
 from .run_state import RunState
 from .shared_prefix import SharedPrefix
+from .signal_thresholds import DEFAULTS, SignalThresholds
+from .signals import gradient_spikes
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def measure(
     accelerator: Any = None,  # noqa: ANN401 (an `accelerate.Accelerator`)
     prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     sharing: PromptSharing | None = None,
+    thresholds: SignalThresholds = DEFAULTS,
 ) -> ProbeRecord:
     """
     Take one measurement. Mode, random state and adapters of the model are afterwards as they were.
@@ -80,7 +82,9 @@ def measure(
         prepare_inputs (`Callable`, *optional*):
             Moves inputs to the device; by default, to that of the model.
         sharing ([`~trl_cwdpo.probe_passes.PromptSharing`], *optional*):
-            Lets two families share their prompts.
+            Lets families share their prompts.
+        thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
+            What counts as easy, saturated and displaced.
 
     Returns:
         [`ProbeRecord`], the same on all processes.
@@ -92,7 +96,7 @@ def measure(
     with preserved_random_state(), evaluation_mode(model), torch.no_grad(), run.precision():
         found = run.all_rows(passes, batch_size)
     return replace(
-        summarise(found, rows, families, pair_loss, baseline, previous),
+        summarise(found, rows, families, pair_loss, baseline, previous, thresholds),
         step=step,
         baseline_step=step if baseline is None else baseline.step,
         previous_step=None if previous is None else previous.step,
@@ -129,6 +133,9 @@ class DeltaLogpProbeCallback(TrainerCallback):
             Seed of the rows; by default that of the trainer.
         batch_size (`int`, *optional*):
             Rows a forward pass; by default `per_device_eval_batch_size`.
+        thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
+            What counts as easy, saturated, displaced and as a spike of the gradient. Alerts, early stopping,
+            curriculum and report each judge by their own numbers.
 
     Example:
 
@@ -148,13 +155,14 @@ class DeltaLogpProbeCallback(TrainerCallback):
         families: Iterable[str] = FAMILIES,
         seed: int | None = None,
         batch_size: int | None = None,
+        thresholds: SignalThresholds = DEFAULTS,
     ) -> None:
         for name, value in (("size", size), ("steps", steps)):
             if value < 1:
                 raise ValueError(f"`{name}` of the probes must be at least 1, got {value}.")
         self.families = tuple(families)
         check_families("families", list(self.families))
-        self.trainer, self.steps = trainer, steps
+        self.trainer, self.steps, self.thresholds = trainer, steps, thresholds
         self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
         with preserved_random_state():
             self.rows = choose_rows(
@@ -246,6 +254,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
             accelerator=trainer.accelerator,
             prepare_inputs=trainer._prepare_inputs,
             sharing=self._sharing,
+            thresholds=self.thresholds,
         )
         record = replace(
             record,
@@ -255,9 +264,10 @@ class DeltaLogpProbeCallback(TrainerCallback):
         )
         self.previous = record
         self.baseline = self.baseline or record
-        self._remember(record)
+        plain = record.to_dict()
+        self._remember(plain)
         if state.is_world_process_zero:
-            append_record(Path(trainer.args.output_dir) / RECORDS_FILE, record)
+            append_record(Path(trainer.args.output_dir) / RECORDS_FILE, plain)
         # Past the trainer's own `log`, which would take TRL's averages of the steps so far with it; and logging drops
         # the flag that the step is to be logged, which is not ours to drop
         should_log = control.should_log
@@ -267,17 +277,16 @@ class DeltaLogpProbeCallback(TrainerCallback):
             if hasattr(callback, "on_probe"):
                 callback.on_probe(trainer.args, state, control, record=record, baseline=self.baseline)
 
-    def _remember(self, record: ProbeRecord) -> None:
+    def _remember(self, plain: dict[str, Any]) -> None:
         kept = RunState.of(self.trainer).values
-        plain = record.to_dict()
-        first = plain if record is self.baseline else kept[STATE_KEY]["baseline"]
+        first = plain if self.previous is self.baseline else kept[STATE_KEY]["baseline"]
         kept[STATE_KEY] = {"digest": self.rows.digest, "baseline": first, "previous": plain}
 
     def _spikes(self, state: TrainerState) -> int | None:
         if self.previous is None:
             return None
         logged = [(entry["step"], entry["grad_norm"]) for entry in state.log_history if "grad_norm" in entry]
-        spikes = gradient_spikes([norm for _, norm in logged])
+        spikes = gradient_spikes([norm for _, norm in logged], self.thresholds)
         # The norm of a step is logged after its probe
         return sum(bool(spike) for (step, _), spike in zip(logged, spikes, strict=True) if step >= self.previous.step)
 
@@ -305,6 +314,7 @@ class ConfiguredProbes(DeltaLogpProbeCallback):
             families=args.probe_families or FAMILIES,
             # The policy's forward takes pairs: without gradients, as many rows never need more memory
             batch_size=2 * args.per_device_train_batch_size,
+            thresholds=args.signal_thresholds,
         )
 
     def on_train_begin(
@@ -416,7 +426,10 @@ def _held_out(trainer: Any, dataset: Any) -> Any:  # noqa: ANN401
 def _described(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
     # For a report: which trainer, and its options
     options = trainer.args.to_dict()
-    plain = {name: value for name, value in options.items() if isinstance(value, bool | int | float | str | list)}
+    kinds = bool | int | float | str | list
+    plain = {
+        n: value for n, value in options.items() if isinstance(value, kinds) or (n == "probe_thresholds" and value)
+    }
     return {"trainer": type(trainer).__name__, "options": redacted(json.loads(json.dumps(plain, default=str)))}
 
 

@@ -412,16 +412,16 @@ def row_inputs(
         layout ([`PrefixLayout`]):
             Layout of the batch.
         text (`dict`):
-            What the usual forward pass gets of each token, tensors of shape `(2B, T)`; no labels.
+            What the usual forward pass gets of each token, tensors of shape `(2B, T)`, or as many rows as the layout
+            has responses; no labels.
         pictures (`dict`):
             What it gets of the pictures of one half.
 
     Returns:
         `dict`: The rows, with positions and mask.
     """
-    positions = internals.multi_axis_positions(
-        model, {**{name: value.chunk(2)[0] for name, value in text.items()}, **pictures}
-    )
+    first = {name: value[: layout.pairs] for name, value in text.items()}
+    positions = internals.multi_axis_positions(model, {**first, **pictures})
     return {
         **{name: layout.rows(value) for name, value in text.items()},
         **pictures,

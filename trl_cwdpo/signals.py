@@ -1,88 +1,53 @@
 """What probe records mean: flags, early stopping, curriculum and diagnosis, as pure functions (all rules ours).
 
-Every number of every rule stands in [`SignalThresholds`]. Every decision says in words which rules fired and with what
-numbers. "Two probes in a row" and the like count the records given, whose first one is the probe before training.
+Every number of every rule stands in [`~trl_cwdpo.signal_thresholds.SignalThresholds`]. Every decision says in words
+which rules fired and with what numbers. "Two probes in a row" and the like count the records given, whose first one is
+the probe before training.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 
-from .probe_measures import is_displaced
+from .probe_measures import Interval, is_displaced
 from .probe_records import ProbeRecord
+from .signal_thresholds import DEFAULTS as DEFAULTS
+from .signal_thresholds import SignalThresholds as SignalThresholds
 
 PairOrder = Literal["easy_to_hard", "weighted", "random"]
 
+# Scales the median absolute deviation to a standard deviation of a normal sample
+MAD_TO_STD = 1.48
 
-@dataclass(frozen=True)
-class SignalThresholds:
+
+def settled(record: ProbeRecord, thresholds: SignalThresholds = DEFAULTS) -> ProbeRecord:
     """
-    The numbers of all rules.
+    A record without its rows, whose shares of saturated and easy pairs are those by these numbers.
 
     Args:
-        patience (`int`, *optional*, defaults to `2`):
-            Probes in a row that must raise a flag before it stops a run.
-        displacement (`float`, *optional*, defaults to `-0.02`):
-            Upper end of Δ0(chosen) below which chosen responses count as displaced, nats per token.
-        ece_increase (`float`, *optional*, defaults to `0.05`):
-            Largest increase of the calibration error.
-        total_variation (`float`, *optional*, defaults to `0.25`):
-            Largest distance to the reference.
-        saturated_fraction (`float`, *optional*, defaults to `0.8`):
-            Share of pairs with a′ > 0.9 from which a run counts as saturated …
-        margin_gain (`float`, *optional*, defaults to `0.01`):
-            … if the margin has grown by a smaller part of itself since the probe before.
-        cooled_weight (`float`, *optional*, defaults to `0.1`):
-            Mean cooling weight below which negatives count as used up.
-        easy_fraction (`float`, *optional*, defaults to `0.5`):
-            Share of pairs with w < 0.1 above which the curriculum asks for more on-policy negatives.
-        on_policy_increment (`float`, *optional*, defaults to `0.1`):
-            By how much it raises their share.
-        filter_weight (`float`, *optional*, defaults to `0.03`):
-            Weight below which pairs are filtered.
-        flat (`float`, *optional*, defaults to `0.02`):
-            Changes up to this size count as none, nats per token …
-        relative_flat (`float`, *optional*, defaults to `0.03`):
-            … and so do changes up to this share of a family's first negative log-likelihood: the less likely a
-            response, the further the same change of the weights moves it.
-        strong (`float`, *optional*, defaults to `0.5`):
-            Falls from this size on count as strong in the diagnosis, nats per token.
-        low_weight (`float`, *optional*, defaults to `0.3`):
-            Mean cooling weight below which it counts as low.
-        high_weight (`float`, *optional*, defaults to `0.7`):
-            Mean cooling weight above which it counts as high.
+        record ([`ProbeRecord`]):
+            A record. One that has lost its rows keeps the shares that were measured.
+        thresholds ([`SignalThresholds`], *optional*):
+            The numbers.
+
+    Returns:
+        [`ProbeRecord`], all that decisions rest on, and small.
     """
-
-    patience: int = 2
-    displacement: float = -0.02
-    ece_increase: float = 0.05
-    total_variation: float = 0.25
-    saturated_fraction: float = 0.8
-    margin_gain: float = 0.01
-    cooled_weight: float = 0.1
-    easy_fraction: float = 0.5
-    on_policy_increment: float = 0.1
-    filter_weight: float = 0.03
-    flat: float = 0.02
-    relative_flat: float = 0.03
-    strong: float = 0.5
-    low_weight: float = 0.3
-    high_weight: float = 0.7
-
-    def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"`patience` must be at least 1 probe, got {self.patience}.")
-        if not 0 <= self.flat <= self.strong:
-            raise ValueError(f"`flat`={self.flat} must lie between 0 and `strong`={self.strong}.")
-        if self.relative_flat < 0:
-            raise ValueError(f"`relative_flat` must not be negative, got {self.relative_flat}.")
-        if not self.low_weight <= self.high_weight:
-            raise ValueError(f"`low_weight`={self.low_weight} must not exceed `high_weight`={self.high_weight}.")
+    saturated, easy = _saturated_fraction(record, thresholds), _easy_fraction(record, thresholds)
+    return replace(record, saturated_fraction=saturated, easy_fraction=easy).without_rows()
 
 
-DEFAULTS = SignalThresholds()
+def _saturated_fraction(record: ProbeRecord, thresholds: SignalThresholds) -> float | None:
+    found = np.asarray(record.row_preferences)
+    return float((found > thresholds.saturated_preference).mean()) if found.size else record.saturated_fraction
+
+
+def _easy_fraction(record: ProbeRecord, thresholds: SignalThresholds) -> float | None:
+    found = np.asarray(record.row_weights)
+    return float((found < thresholds.easy_weight).mean()) if found.size else record.easy_fraction
 
 
 # --- flags and early stopping ---------------------------------------------------------------------------------------
@@ -157,14 +122,13 @@ def _drift(record: ProbeRecord, thresholds: SignalThresholds) -> str | None:
 def _saturation(before: ProbeRecord, record: ProbeRecord, thresholds: SignalThresholds) -> str | None:
     gain = record.margin.mean - before.margin.mean
     enough = thresholds.margin_gain * abs(before.margin.mean)
-    if record.saturated_fraction is None or record.saturated_fraction < thresholds.saturated_fraction:
-        return None
-    if gain >= enough:
+    fraction = _saturated_fraction(record, thresholds)
+    if fraction is None or fraction < thresholds.saturated_fraction or gain >= enough:
         return None
     return (
-        f"{record.saturated_fraction:.0%} of the pairs have a′ > 0.9 (limit {thresholds.saturated_fraction:.0%}) and "
-        f"the margin gained {gain:.3g} since step {before.step}, less than {enough:.3g} "
-        f"({thresholds.margin_gain:.2%} of it)"
+        f"{fraction:.0%} of the pairs have a′ > {thresholds.saturated_preference:.3g} (limit "
+        f"{thresholds.saturated_fraction:.0%}) and the margin gained {gain:.3g} since step {before.step}, less than "
+        f"{enough:.3g} ({thresholds.margin_gain:.2%} of it)"
     )
 
 
@@ -276,13 +240,14 @@ def curriculum(
     Returns:
         [`CurriculumDecision`].
     """
-    easy = record.easy_fraction
+    easy = _easy_fraction(record, thresholds)
     if easy is None or easy <= thresholds.easy_fraction or dataset_negative_fraction <= 0.0:
         return CurriculumDecision(dataset_negative_fraction, ())
     share = max(0.0, round(dataset_negative_fraction - thresholds.on_policy_increment, 10))
     reason = (
-        f"step {record.step}: {easy:.0%} of the pairs have w < 0.1 (limit {thresholds.easy_fraction:.0%}), so the "
-        f"on-policy share rises from {1 - dataset_negative_fraction:.2g} to {1 - share:.2g}"
+        f"step {record.step}: {easy:.0%} of the pairs have w < {thresholds.easy_weight:.3g} (limit "
+        f"{thresholds.easy_fraction:.0%}), so the on-policy share rises from {1 - dataset_negative_fraction:.2g} to "
+        f"{1 - share:.2g}"
     )
     return CurriculumDecision(share, (reason,))
 
@@ -333,6 +298,42 @@ def order_by_hardness(
     return kept[np.argsort(keys, kind="stable")]
 
 
+# --- gradient spikes ------------------------------------------------------------------------------------------------
+
+
+def gradient_spikes(norms: Sequence[float] | np.ndarray, thresholds: SignalThresholds = DEFAULTS) -> np.ndarray:
+    """
+    Gradient norms far above those before them: by default above median + 6·1.48·MAD and above 3 × median of 50.
+
+    Args:
+        norms (`Sequence[float]` of length `N`):
+            Gradient norms in the order of training.
+        thresholds ([`SignalThresholds`], *optional*):
+            The numbers.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`, of booleans. A norm that is not finite is a spike, and no part of a window.
+    """
+    return np.fromiter(_spikes(norms, thresholds), dtype=bool)
+
+
+def _spikes(norms: Sequence[float] | np.ndarray, thresholds: SignalThresholds) -> Iterator[bool]:
+    before: list[float] = []
+    for norm in map(float, norms):
+        if not math.isfinite(norm):
+            yield True
+            continue
+        recent = np.asarray(before[-thresholds.spike_window :])
+        if recent.size < thresholds.spike_minimum:
+            yield False
+        else:
+            median = float(np.median(recent))
+            deviation = MAD_TO_STD * float(np.median(np.abs(recent - median)))
+            far = norm > median + thresholds.spike_deviations * deviation
+            yield far and norm > thresholds.spike_ratio * median
+        before.append(norm)
+
+
 # --- diagnosis ------------------------------------------------------------------------------------------------------
 
 
@@ -344,7 +345,7 @@ class Diagnosis:
     Args:
         name (`str`):
             `"healthy"`, `"squeezing"`, `"entangled pairs"`, `"easy negatives dominate"`, `"cooled out"`, `"SFT-like
-            drift"`, `"labels swapped or mask wrong"`, or `"unclear"`.
+            drift"`, `"labels swapped or mask wrong"`, `"nothing moved yet"`, or `"unclear"`.
         advice (`str`):
             What to do.
         reason (`str`):
@@ -370,6 +371,11 @@ class _Row:
 
 
 SWAPPED = "Check the data: chosen against rejected, masks."
+STILL = (
+    "Train for more steps or raise `learning_rate`; a smaller `beta` lets the policy go further before a pair counts "
+    "as learned."
+)
+MOVING = ("chosen", "rejected", "rejected_hard", "rejected_easy", "argmax")
 # A model that has learnt its chosen responses cannot raise them much, easy responses fall a little with the hard ones
 # that they share words with, and where only easy ones are pushed down, hard ones gain: no fault of their own
 TABLE = (
@@ -412,8 +418,9 @@ def diagnose(record: ProbeRecord, thresholds: SignalThresholds = DEFAULTS) -> Di
             The numbers.
 
     Returns:
-        [`Diagnosis`]: the first row of the table that fits, or `"unclear"`. A run without cooling weights fits rows of
-        any weight.
+        [`Diagnosis`]: the first row of the table that fits; `"nothing moved yet"` if none does and all families are
+        about where they were; or `"unclear"`. A run without cooling weights fits rows of any weight, but is not cooled
+        out.
     """
     names = ("chosen", "rejected_hard", "rejected_easy", "argmax")
     deltas = [record.delta0(name) for name in names]
@@ -428,16 +435,44 @@ def diagnose(record: ProbeRecord, thresholds: SignalThresholds = DEFAULTS) -> Di
         wanted = (row.chosen, row.hard, row.easy, row.argmax)
         if all(map(_fits, signs, wanted)) and _weight_fits(record.mean_weight, row.weight, thresholds):
             return Diagnosis(row.name, row.advice, reason)
+    if is_still(record, thresholds):
+        return Diagnosis("nothing moved yet", STILL, reason)
     return Diagnosis("unclear", "No known pattern: look at the single families.", reason)
+
+
+def is_still(record: ProbeRecord, thresholds: SignalThresholds = DEFAULTS) -> bool:
+    """
+    Whether training has hardly moved anything: too short, too small a learning rate, or nothing left to learn.
+
+    Args:
+        record ([`ProbeRecord`]):
+            A later probe than the first.
+        thresholds ([`SignalThresholds`], *optional*):
+            The numbers.
+
+    Returns:
+        `bool`: False where chosen responses are displaced or the negatives are cooled out all the same.
+    """
+    chosen, weight = record.delta0("chosen"), record.mean_weight
+    if chosen is None or chosen.high < thresholds.displacement:
+        return False
+    if weight is not None and weight < thresholds.cooled_weight:
+        return False
+    known = ((name, delta) for name in MOVING if (delta := record.delta0(name)) is not None)
+    return all(abs(delta.mean) <= thresholds.still * _flat(record, name, delta, thresholds) for name, delta in known)
+
+
+def _flat(record: ProbeRecord, family: str, delta: Interval, thresholds: SignalThresholds) -> float:
+    # Up to which change, in nats per token, a family counts as unmoved
+    first = record.families[family].avg_logp.mean - delta.mean
+    return max(thresholds.flat, thresholds.relative_flat * abs(first))
 
 
 def _sign(record: ProbeRecord, family: str, thresholds: SignalThresholds) -> str:
     delta = record.delta0(family)
     if delta is None:
         return "?"
-    first = record.families[family].avg_logp.mean - delta.mean
-    flat = max(thresholds.flat, thresholds.relative_flat * abs(first))
-    if abs(delta.mean) <= flat or delta.low <= 0.0 <= delta.high:
+    if abs(delta.mean) <= _flat(record, family, delta, thresholds) or delta.low <= 0.0 <= delta.high:
         return "0"
     if delta.mean > 0:
         return "+"
@@ -451,7 +486,9 @@ def _fits(sign: str, wanted: str) -> bool:
 
 
 def _weight_fits(weight: float | None, wanted: str, thresholds: SignalThresholds) -> bool:
-    if weight is None or wanted == "*":
+    if weight is None:
+        return wanted != "cooled"
+    if wanted == "*":
         return True
     return {
         "cooled": weight < thresholds.cooled_weight,

@@ -62,6 +62,13 @@ POSITIVE = number(0.0, None, low_included=False)
 SHARED = {
     "probe_dataset_size": whole(1),
     "probe_steps": whole(0),
+    "probe_thresholds": st.one_of(
+        st.just({"patience": 0}),
+        st.just({"no_such_number": 1.0}),
+        st.dictionaries(st.just("flat"), WORDS, min_size=1),
+        st.sampled_from(["flat", "[1]", "{", ""]),
+        st.just(3),
+    ),
     "probe_families": st.one_of(
         st.lists(WORDS, min_size=1, max_size=2), st.just([]), st.just("chosen"), st.just([None]), st.just(3)
     ),

@@ -34,10 +34,10 @@ from trl_cwdpo.faults import NonFiniteLossError
 from trl_cwdpo.gentle_negative_sft_config import GentleNegativeSFTConfig
 from trl_cwdpo.gentle_negative_sft_trainer import GentleNegativeSFTTrainer
 from trl_cwdpo.preserved import evaluation_mode, preserved_random_state
-from trl_cwdpo.probe_measures import gradient_spikes
 from trl_cwdpo.probe_passes import Reference
 from trl_cwdpo.probe_rows import ProbeRows, choose_rows
 from trl_cwdpo.probes import measure
+from trl_cwdpo.signals import gradient_spikes
 from trl_cwdpo.upstream.models import load_processor
 
 DONE, DIVERGED = "done", "diverged"

@@ -12,7 +12,8 @@ from trl_cwdpo.report.charts import Chart, Guide, HeatMap, Line, Section, Stack
 from trl_cwdpo.report.colors import RUN_COLORS
 from trl_cwdpo.report.tracks import Track
 from trl_cwdpo.report.verdicts import FAMILY_NAMES
-from trl_cwdpo.signals import DEFAULTS, SignalThresholds
+from trl_cwdpo.signal_thresholds import SignalThresholds
+from trl_cwdpo.signals import settled
 
 STEP = "optimizer step"
 PER_TOKEN = "nats per token"
@@ -31,10 +32,9 @@ FAMILY_NOTES = {
     "shuffled": "The chosen tokens in disorder: should stay low.",
 }
 WEIGHT_BINS = 20
-EASY, HARD = 0.1, 0.5
 
 
-def sections_of(stage: str, tracks: Sequence[Track], thresholds: SignalThresholds = DEFAULTS) -> list[Section]:
+def sections_of(stage: str, tracks: Sequence[Track], thresholds: SignalThresholds | None = None) -> list[Section]:
     """
     The charts of one stage.
 
@@ -43,12 +43,13 @@ def sections_of(stage: str, tracks: Sequence[Track], thresholds: SignalThreshold
             `"stage1"` or `"stage2"`; part of the charts' keys.
         tracks (`Sequence[Track]`):
             The trainings, laid over each other.
-        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
-            Numbers that some charts show as lines to compare with.
+        thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
+            Numbers that some charts show as lines to compare with; by default, those of the first training.
 
     Returns:
         `list[Section]`, without charts and sections that would be empty.
     """
+    thresholds = thresholds or tracks[0].thresholds
     sections = [
         Section("responses", "What happened to the responses", _responses(tracks)),
         Section("pairs", "Chosen against rejected", _pairs(tracks)),
@@ -236,16 +237,17 @@ def _cooling(tracks: Sequence[Track], thresholds: SignalThresholds) -> tuple[Cha
     easy = Chart(
         "easy-share",
         "Easy negatives",
-        "Share of the pairs whose negative has cooled out (w < 0.1). Above the line, take fresh negatives.",
+        f"Share of the pairs whose negative has cooled out (w < {thresholds.easy_weight:.3g}). Above the line, take "
+        "fresh negatives.",
         STEP,
         "share of pairs",
-        _curves(tracks, lambda record: record.easy_fraction, "easy", "rejected_easy"),
+        _curves(tracks, lambda record: settled(record, thresholds).easy_fraction, "easy", "rejected_easy"),
         (Guide("too many", thresholds.easy_fraction),),
         y_range=(0.0, 1.0),
     )
     if len(tracks) > 1:
         return (weights, easy, *(_weight_map(track, f"-{i + 1}", f": {track.name}") for i, track in enumerate(tracks)))
-    return (weights, _weight_map(tracks[0], "", ""), _grades(tracks[0]))
+    return (weights, _weight_map(tracks[0], "", ""), _grades(tracks[0], thresholds))
 
 
 def _probed_and_trained(tracks: Sequence[Track], probed: Sequence[Line]) -> tuple[Line, ...]:
@@ -284,12 +286,13 @@ def _weight_map(track: Track, suffix: str, of: str) -> Chart:
     )
 
 
-def _grades(track: Track) -> Chart:
+def _grades(track: Track, thresholds: SignalThresholds) -> Chart:
     records = _weighted(track)
+    easy, hard = thresholds.easy_weight, thresholds.hard_weight
     bounds = {
-        f"easy (w < {EASY})": ("rejected_easy", 0.0, EASY),
-        f"between ({EASY} to {HARD})": ("mismatched", EASY, HARD),
-        f"hard (w ≥ {HARD})": ("rejected_hard", HARD, math.inf),
+        f"easy (w < {easy:.3g})": ("rejected_easy", 0.0, easy),
+        f"between ({easy:.3g} to {hard:.3g})": ("mismatched", easy, hard),
+        f"hard (w ≥ {hard:.3g})": ("rejected_hard", hard, math.inf),
     }
     parts = tuple(
         (name, color, tuple(float(sum(low <= w < high for w in record.row_weights)) for record in records))

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trl_cwdpo.probe_measures import gradient_spikes
 from trl_cwdpo.probe_records import RECORDS_FILE, ProbeRecord, read_records
+from trl_cwdpo.signal_thresholds import SignalThresholds
+from trl_cwdpo.signals import gradient_spikes
 
 STAGES = {"stage1": "Stage 1: supervised finetuning", "stage2": "Stage 2: preference optimization"}
 ROUND = re.compile(r"round([1-9]\d*)")
@@ -71,10 +72,15 @@ class Track:
         entries = [entry for entry in self.log if isinstance(entry.get(metric), int | float)]
         return [entry["step"] for entry in entries], [float(entry[metric]) for entry in entries]
 
+    @property
+    def thresholds(self) -> SignalThresholds:
+        """The numbers of the rules, those that the run has set among them."""
+        return SignalThresholds.of(self.options.get("probe_thresholds") or {})
+
     def spikes(self) -> tuple[list[int], list[float]]:
         """Steps and gradient norms of those that stick out."""
         steps, norms = self.logged("grad_norm")
-        found = gradient_spikes(norms)
+        found = gradient_spikes(norms, self.thresholds)
         return (
             [step for step, spike in zip(steps, found, strict=True) if spike],
             [norm for norm, spike in zip(norms, found, strict=True) if spike],

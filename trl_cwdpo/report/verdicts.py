@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from trl_cwdpo.probe_measures import Interval
 from trl_cwdpo.probe_records import ProbeRecord
 from trl_cwdpo.report.tracks import Track
-from trl_cwdpo.signals import DEFAULTS, SignalThresholds, diagnose, raised_flags
+from trl_cwdpo.signal_thresholds import DEFAULTS, SignalThresholds
+from trl_cwdpo.signals import STILL, diagnose, is_still, raised_flags, settled
 
 FAMILY_NAMES = {
     "chosen": "chosen",
@@ -101,37 +102,45 @@ class Verdict:
     missing: tuple[str, ...] = ()
 
 
-def judge(track: Track, thresholds: SignalThresholds = DEFAULTS) -> Verdict:
+def judge(track: Track, thresholds: SignalThresholds | None = None) -> Verdict:
     """
     Say what happened in a training.
 
     Args:
         track ([`~trl_cwdpo.report.tracks.Track`]):
             The training.
-        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
-            The numbers of the rules.
+        thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
+            The numbers of the rules; by default, those of the run.
 
     Returns:
         [`Verdict`].
     """
+    thresholds = thresholds or track.thresholds
     missing = tuple(_missing(track))
     if len(track.records) < 2:
         title = "not probed" if not track.records else "one probe only"
         advice = "Without a second probe nothing can be said about what training changes."
         return Verdict(title, NEUTRAL, advice, "", missing=missing)
     flags = tuple(flag_history(track.records, thresholds))
-    sentences = tuple(_sentences(track.records[0], track.records[-1]))
+    sentences = tuple(_sentences(track.records[0], track.records[-1], thresholds))
     raised = [flag.name for flag in flags if flag.is_raised]
     if track.is_supervised:
-        # The table of diagnoses is about pairs
-        tone = BAD if "drift" in raised else WATCH if raised else GOOD
-        title = f"flags: {', '.join(_words(name) for name in raised)}" if raised else "no flags"
-        advice = "See below what they mean." if raised else "Go on with stage 2."
-        return Verdict(title, tone, advice, "", sentences, flags, missing)
+        return Verdict(*_of_stage_1(track.records[-1], raised, thresholds), "", sentences, flags, missing)
     diagnosis = diagnose(track.records[-1], thresholds)
-    tones = {"healthy": WATCH if raised else GOOD, "unclear": WATCH if raised else NEUTRAL}
+    undecided = WATCH if raised else NEUTRAL
+    tones = {"healthy": WATCH if raised else GOOD, "unclear": undecided, "nothing moved yet": undecided}
     tone = tones.get(diagnosis.name, BAD)
     return Verdict(diagnosis.name, tone, diagnosis.advice, diagnosis.reason, sentences, flags, missing)
+
+
+def _of_stage_1(last: ProbeRecord, raised: Sequence[str], thresholds: SignalThresholds) -> tuple[str, str, str]:
+    # Title, tone and advice; the table of diagnoses is about pairs
+    if raised:
+        title = f"flags: {', '.join(_words(name) for name in raised)}"
+        return title, BAD if "drift" in raised else WATCH, "See below what they mean."
+    if is_still(last, thresholds):
+        return "nothing moved yet", NEUTRAL, f"If the model was to learn something here: {STILL[0].lower()}{STILL[1:]}"
+    return "no flags", GOOD, "Go on with stage 2."
 
 
 def flag_history(records: Sequence[ProbeRecord], thresholds: SignalThresholds = DEFAULTS) -> list[FlagHistory]:
@@ -141,7 +150,7 @@ def flag_history(records: Sequence[ProbeRecord], thresholds: SignalThresholds = 
     Args:
         records (`Sequence[ProbeRecord]`):
             All probes of the run.
-        thresholds ([`~trl_cwdpo.signals.SignalThresholds`], *optional*):
+        thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
             The numbers of the rules.
 
     Returns:
@@ -189,7 +198,7 @@ def _missing(track: Track) -> list[str]:
     return lines
 
 
-def _sentences(first: ProbeRecord, last: ProbeRecord) -> list[str]:
+def _sentences(first: ProbeRecord, last: ProbeRecord, thresholds: SignalThresholds) -> list[str]:
     chosen, rejected = last.delta0("chosen"), last.delta0("rejected")
     lines = []
     if chosen is not None:
@@ -200,7 +209,8 @@ def _sentences(first: ProbeRecord, last: ProbeRecord) -> list[str]:
     if last.weight is not None:
         before = "" if first.weight is None else f" (at first {first.weight:.2f})"
         trained = "" if last.trained_weight is None else f", of the pairs trained on {last.trained_weight:.2f}"
-        easy = f"; {last.easy_fraction:.0%} of the negatives are easy (w < 0.1)" if last.easy_fraction else ""
+        share = settled(last, thresholds).easy_fraction
+        easy = f"; {share:.0%} of the negatives are easy (w < {thresholds.easy_weight:.3g})" if share else ""
         lines.append(f"The mean cooling weight is {last.weight:.2f}{before}{trained}{easy}.")
     elif last.loser_share is not None:
         lines.append("No cooling weights were at work.")

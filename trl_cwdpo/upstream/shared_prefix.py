@@ -41,7 +41,8 @@ class SplitAttention:
 
     Rows are known by their mask, that of [`~trl_cwdpo.prefix_layout.PrefixLayout.side_mask`]: it has fewer columns
     than there are keys, which no other mask has. Prompts attend causally among themselves and need no mask, since
-    their padding comes behind them; each side attends to its prompt and to itself.
+    their padding comes behind them; each side attends to its prompt and to itself. Sides beyond the first two follow
+    in blocks as wide as the longest, but for the last one.
 
     Args:
         attention (`Callable`):
@@ -66,7 +67,7 @@ class SplitAttention:
             return self.attention(module, query, key, value, attention_mask, **kwargs)
         attention_mask = self._as_additive(attention_mask, query.dtype)
         rows, columns = attention_mask.shape[-2:]
-        prompt, shorter = columns - rows, query.shape[2] - columns
+        prompt = columns - rows
         kwargs["is_causal"] = True
         # Without padding between them, prompt and longer side are one causal sequence
         is_padded = attention_mask.shape[0] > 1
@@ -76,9 +77,11 @@ class SplitAttention:
             parts = [(parts[0][0][:, :prompt], None)]
             side = query[:, :, prompt:columns], key[:, :, :columns], value[:, :, :columns]
             parts.append(self.attention(module, *side, attention_mask, **kwargs))
-        keys, values = (torch.cat([x[:, :, :prompt], x[:, :, columns:]], dim=2) for x in (key, value))
-        mask = attention_mask[..., :shorter, : prompt + shorter]
-        parts.append(self.attention(module, query[:, :, columns:], keys, values, mask, **kwargs))
+        for start in range(columns, query.shape[2], rows):
+            block = slice(start, start + rows)
+            keys, values = (torch.cat([x[:, :, :prompt], x[:, :, block]], dim=2) for x in (key, value))
+            mask = attention_mask[..., : keys.shape[2] - prompt, : keys.shape[2]]
+            parts.append(self.attention(module, query[:, :, block], keys, values, mask, **kwargs))
         return torch.cat([output for output, _ in parts], dim=1), None
 
     def _as_additive(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
