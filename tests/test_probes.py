@@ -373,7 +373,7 @@ class TestCallback:
         # a′ = σ(β(Δ_w − wΔ_l)), one for each row
         assert len(last.row_preferences) == 6
         assert all(0 < preference < 1 for preference in last.row_preferences)
-        assert set(first.row_preferences) == {pytest.approx(0.5, abs=1e-6)}
+        assert first.row_preferences == pytest.approx([0.5] * 6, abs=1e-6)
         tokens = sum(count for count, _, _ in last.reliability)
         assert last.ece == pytest.approx(sum(n * abs(sure - right) for n, sure, right in last.reliability) / tokens)
         assert len(json.loads((tmp_path / "probe_rows.json").read_text())["rows"]) == 6
