@@ -157,6 +157,15 @@ class TestCalibration:
         assert found == pytest.approx((0.6 + 0.4001) / 2)
         assert expected_calibration_error(np.array([0.0, 1.0]), np.array([0, 1])) == 0.0
 
+    def test_is_the_textbook_sum(self):
+        generator = np.random.default_rng(0)
+        confidence, correct = generator.uniform(size=300), generator.uniform(size=300) < 0.5
+        inside = [(confidence > number / 15) & (confidence <= (number + 1) / 15) for number in range(15)]
+        expected = sum(
+            part.mean() * abs(correct[part].mean() - confidence[part].mean()) for part in inside if part.any()
+        )
+        assert expected_calibration_error(confidence, correct) == pytest.approx(expected)
+
     def test_perfect_calibration_vanishes_with_the_sample(self):
         generator = np.random.default_rng(0)
         confidence = generator.uniform(size=40_000)

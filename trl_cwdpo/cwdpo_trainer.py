@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -33,7 +33,7 @@ from .cwdpo_config import CWDPOConfig
 from .data import AnyDatasets, PreferenceCollator
 from .faults import stop_if_not_finite
 from .initial_negatives import measure_initial_negatives
-from .lengths import drop_overlong_pairs, with_pair_lengths
+from .lengths import GroupsByLength, drop_overlong_pairs
 from .negative_options import check_fraction
 from .negatives.refresh import RowKeepingCollator
 from .negatives.wiring import build_negatives, check_can_sample
@@ -43,6 +43,7 @@ from .row_errors import checked_datasets
 from .run_state import KeptTokenCount, RunState
 from .safe_runs import SafeRuns
 from .shared_prefix import SharesPrefixes
+from .signal_thresholds import DEFAULTS
 from .upstream import processors, reference
 from .upstream.quantized import keep_trainable
 from .upstream.resuming import FinishedRunStaysFinished
@@ -50,12 +51,11 @@ from .upstream.sharding import prepare_for_sharding
 
 logger = logging.getLogger(__name__)
 
-EASY_WEIGHT = 0.1
 # TRL averages a metric over the steps between two logs; an extreme of the weights stays one
 EXTREMES = {"cooling/weight_min": min, "cooling/weight_max": max}
 
 
-class CWDPOTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinished, DPOTrainer):
+class CWDPOTrainer(SafeRuns, SharesPrefixes, GroupsByLength, FinishedRunStaysFinished, DPOTrainer):
     r"""
     Trainer for Cooling-Weighted DPO, stage 2 of *Learning Dynamics of VLM Finetuning*
     ([arXiv 2510.11978](https://huggingface.co/papers/2510.11978)).
@@ -169,15 +169,6 @@ class CWDPOTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinished, DPOTraine
         self._negatives = build_negatives(self, negative_reward_funcs)
         self.reference_cache = self._fill_reference_cache(custom_collator=data_collator is not None)
         add_configured_callbacks(self)
-
-    # --- the order of rows ------------------------------------------------------------------------------------------
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(with_pair_lengths(self, dataset, self.train_dataset))
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        return super()._get_eval_sampler(with_pair_lengths(self, eval_dataset, self.eval_dataset))
 
     # --- the reference, from disk -----------------------------------------------------------------------------------
 
@@ -458,7 +449,7 @@ class CWDPOTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinished, DPOTraine
             "cooling/weight": weights.mean(),
             "cooling/weight_min": weights.min(),
             "cooling/weight_max": weights.max(),
-            "cooling/easy_fraction": (weights < EASY_WEIGHT).float().mean(),
+            "cooling/easy_fraction": (weights < DEFAULTS.easy_weight).float().mean(),
             "cooling/filtered_fraction": ((weights == 0.0) & (self.args.cooling_min_weight > 0.0)).float().mean(),
             "cooling/rejected_avg_logp": avg_logps.mean(),
             "cooling/margin": objectives.cooled_margin(chosen, rejected, weights, self.beta).mean(),

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch.utils.data import Sampler
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -32,7 +31,7 @@ from .data import AnyDatasets, PreferenceCollator, one_side
 from .faults import stop_if_not_finite
 from .gentle_negative_sft_config import GentleNegativeSFTConfig
 from .initial_negatives import measure_initial_negatives
-from .lengths import drop_overlong_pairs, with_pair_lengths
+from .lengths import GroupsByLength, drop_overlong_pairs
 from .paper import PAPER
 from .preserved import evaluation_mode, preserved_random_state
 from .row_errors import checked_datasets, prepared_rows
@@ -48,7 +47,7 @@ logger = logging.getLogger(__name__)
 CALIBRATION_SIZE = 256
 
 
-class GentleNegativeSFTTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinished, SFTTrainer):
+class GentleNegativeSFTTrainer(SafeRuns, SharesPrefixes, GroupsByLength, FinishedRunStaysFinished, SFTTrainer):
     r"""
     Trainer for stage 1 of *Learning Dynamics of VLM Finetuning* ([arXiv
     2510.11978](https://huggingface.co/papers/2510.11978)): supervised finetuning with gentle negatives.
@@ -226,15 +225,6 @@ class GentleNegativeSFTTrainer(SafeRuns, SharesPrefixes, FinishedRunStaysFinishe
                 f"{self.negative_nll_ceiling:.4g} nats per token, one of them 'auto' and taken from the first "
                 "responses: no rejected response could be inside the band. Set both to numbers."
             )
-
-    # --- the order of rows ------------------------------------------------------------------------------------------
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(with_pair_lengths(self, dataset, self.train_dataset))
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        return super()._get_eval_sampler(with_pair_lengths(self, eval_dataset, self.eval_dataset))
 
     # --- the global batch -------------------------------------------------------------------------------------------
 

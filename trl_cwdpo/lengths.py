@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, IterableDataset
+from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 from trl import apply_chat_template, maybe_extract_prompt, prepare_multimodal_messages
 
@@ -414,3 +415,19 @@ def with_pair_lengths(trainer: Any, dataset: Any, original: Any = None) -> Any: 
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` needs the length of each pair: {error}. Add "
             f"a column {column!r} with the number of tokens (`length_column_name`), or use another strategy."
         ) from error
+
+
+class GroupsByLength:
+    """Mixin for a [`~transformers.Trainer`] on preference pairs: its samplers know how long the pairs are."""
+
+    train_dataset: Any
+    eval_dataset: Any
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        parent: Any = super()
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return parent._get_train_sampler(with_pair_lengths(self, dataset, self.train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        parent: Any = super()
+        return parent._get_eval_sampler(with_pair_lengths(self, eval_dataset, self.eval_dataset))

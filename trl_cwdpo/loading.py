@@ -32,7 +32,7 @@ from datasets.exceptions import DatasetNotFoundError
 from .data_arguments import DataArguments
 from .formats import LAYOUTS, convert, parse_columns, recognise, text_columns
 from .image_paths import check_embedded_images, locate, undecoded
-from .stored_pictures import is_image_column
+from .stored_pictures import IMAGE_COLUMNS, is_image_column
 from .table_files import naming_lines, naming_streamed_lines, note_files
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 Rows: TypeAlias = Dataset | IterableDataset
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
-IMAGE_COLUMNS = ("image", "images")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 # Words in a file's name that say which split it holds; a file without one is training data.
 SPLIT_WORDS = {"test": "test", "dev": "validation", "val": "validation", "valid": "validation"}

@@ -23,10 +23,10 @@ from transformers import ProcessorMixin
 from .data import one_side, pair_problem, with_image_list
 from .pictures_once import TEXT_TENSORS
 from .probe_examples import ProbeExample, make_example
+from .stored_pictures import IMAGE_COLUMNS
 from .upstream import preference_collator, prepare_preference_dataset
 
 HARDNESS_COLUMNS = ("grade", "hardness")
-IMAGE_COLUMNS = ("image", "images")
 # Processed pictures, up to which those of a run's rows are kept from one probe to the next, in bytes
 KEPT_PICTURES = 2**28
 

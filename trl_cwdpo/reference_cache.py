@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 from .data import PreferenceCollator, excerpt
 from .preserved import evaluation_mode, preserved_random_state
-from .reference_keys import KEY_BYTES, RowKeys, ingredients
-from .reference_store import ReferenceCacheError, ReferenceStore, ReferenceTable
+from .reference_keys import RowKeys, ingredients
+from .reference_store import KEY_BYTES, ReferenceCacheError, ReferenceStore, ReferenceTable
 from .upstream import is_peft_model
 from .upstream import reference as upstream
 from .upstream.quantized import rounds_inputs

@@ -15,9 +15,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from .data import with_image_list
+from .reference_store import KEY_BYTES
 from .upstream import reference as upstream
 
-KEY_BYTES = 16
 TEXT_CONTEXT, TEXT_RESPONSES = ("prompt_ids",), ("chosen_ids", "rejected_ids")
 VISION_CONTEXT = ("prompt", "images", "tools", "chat_template_kwargs")
 VISION_RESPONSES = ("chosen", "rejected")

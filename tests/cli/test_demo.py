@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
@@ -12,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_cwdpo.cli import main
 from trl_cwdpo.cli.demo import COLUMNS, default_cache_dir, run_demo, summary
-from trl_cwdpo.cli.demo_metrics import expected_calibration_error, score_responses
+from trl_cwdpo.cli.demo_metrics import score_responses
 from trl_cwdpo.cli.demo_settings import DemoSettings
 from trl_cwdpo.shapes.captions import PROMPT
 
@@ -43,46 +42,6 @@ def numbers_in(value):
     if isinstance(value, list):
         return [number for item in value for number in numbers_in(item)]
     return [value] if isinstance(value, int | float) else []
-
-
-# --- calibration error ----------------------------------------------------------------------------------------------
-
-
-def test_calibration_error_by_hand():
-    # Two bins. (0, ½]: confidences 0.2 and 0.4, one right: |½ − 0.3| · 2/5. (½, 1]: 0.6, 0.9, 0.9, two right:
-    # |⅔ − 0.8| · 3/5. Together 0.08 + 0.08.
-    error = expected_calibration_error([0.2, 0.6, 0.9, 0.4, 0.9], [True, False, True, False, True], bins=2)
-    assert error == pytest.approx(0.16)
-
-
-def test_calibration_error_of_edges():
-    # A confidence on an edge belongs to the bin below it; 0 to the first and 1 to the last.
-    assert expected_calibration_error([0.5, 1.0], [True, False], bins=2) == pytest.approx((0.5 + 1.0) / 2)
-    assert expected_calibration_error([0.0, 0.5], [True, False], bins=2) == pytest.approx(abs(1 - 0.5) / 2)
-
-
-def test_calibration_error_limits():
-    assert expected_calibration_error([1.0, 1.0], [True, True]) == 0
-    assert expected_calibration_error([1.0, 1.0], [False, False]) == 1
-    # Errors inside a bin cancel: 0.5 confident, half of them right.
-    assert expected_calibration_error([0.5] * 4, [True, False, True, False]) == 0
-
-
-def test_calibration_error_is_the_textbook_sum():
-    rng = np.random.default_rng(0)
-    confidences, correct = rng.uniform(0, 1, 300), rng.uniform(0, 1, 300) < 0.5
-    expected = 0.0
-    for number in range(15):
-        inside = (confidences > number / 15) & (confidences <= (number + 1) / 15)
-        if inside.any():
-            expected += inside.mean() * abs(correct[inside].mean() - confidences[inside].mean())
-    assert expected_calibration_error(confidences, correct) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("confidences", "correct"), [([], []), ([0.5], [True, False])])
-def test_calibration_error_needs_pairs_of_values(confidences, correct):
-    with pytest.raises(ValueError, match="one of each"):
-        expected_calibration_error(confidences, correct)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What the demonstration measures with the answers given: log-probabilities of held-out pairs, and calibration."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,8 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_cwdpo.shapes.model import prompt_text
-
-ECE_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -32,38 +29,6 @@ class TokenScores:
     avg_logps: np.ndarray
     confidences: np.ndarray
     correct: np.ndarray
-
-
-def expected_calibration_error(
-    confidences: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray, *, bins: int = ECE_BINS
-) -> float:
-    """
-    Expected calibration error: how far confidence and accuracy lie apart, on average over the predictions.
-
-    ECE = Σ_b n_b/n · |accuracy_b − mean confidence_b| over bins of equal width, where bin b holds the confidences in
-    ((b − 1)/B, b/B], and the first one 0 as well.
-
-    Args:
-        confidences (`Sequence[float]` or `np.ndarray` of shape `(n,)`):
-            Confidence of each prediction, in [0, 1].
-        correct (`Sequence[bool]` or `np.ndarray` of shape `(n,)`):
-            Whether it was right.
-        bins (`int`, *optional*, defaults to `15`):
-            Number of bins B.
-
-    Returns:
-        `float`: The error, in [0, 1].
-    """
-    confidence, right = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    if confidence.size == 0 or confidence.shape != right.shape:
-        raise ValueError(
-            f"{confidence.size} confidences and {right.size} outcomes were given; give one of each per prediction, "
-            "and at least one."
-        )
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    # n_b · |accuracy_b − mean confidence_b| is the absolute sum of the differences in the bin
-    gaps = np.bincount(index, weights=right - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / confidence.size)
 
 
 def score_responses(

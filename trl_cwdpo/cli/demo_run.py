@@ -13,7 +13,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
-from trl_cwdpo.cli.demo_metrics import expected_calibration_error, score_responses
+from trl_cwdpo.cli.demo_metrics import score_responses
 from trl_cwdpo.cli.demo_settings import DemoSettings
 from trl_cwdpo.cli.env import devices, versions
 from trl_cwdpo.cli.output_folder import OutputFolder
@@ -22,6 +22,7 @@ from trl_cwdpo.cwdpo_config import CWDPOConfig
 from trl_cwdpo.cwdpo_trainer import CWDPOTrainer
 from trl_cwdpo.gentle_negative_sft_config import GentleNegativeSFTConfig
 from trl_cwdpo.gentle_negative_sft_trainer import GentleNegativeSFTTrainer
+from trl_cwdpo.probe_measures import expected_calibration_error
 from trl_cwdpo.shapes.dataset import write_dataset
 from trl_cwdpo.shapes.evaluation import evaluate
 from trl_cwdpo.shapes.pretraining import Recipe, pretrain

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-SELECTIONS = ("random", "hardest", "lowest_reward")
 # Why a pair kept the dataset's negative although responses were sampled for it
 Fallback = Literal["empty", "equal", "truncated", "reward"]
 

@@ -14,13 +14,8 @@ from trl_cwdpo.signals import gradient_spikes
 
 STAGES = {"stage1": "Stage 1: supervised finetuning", "stage2": "Stage 2: preference optimization"}
 ROUND = re.compile(r"round([1-9]\d*)")
-ROWS_FILE, STATE_FILE, RUN_FILE, EVALUATION_FILE, RECIPE_FILE = (
-    "probe_rows.json",
-    "trainer_state.json",
-    "run.json",
-    "evaluation.json",
-    "config.yaml",
-)
+ROWS_FILE, STATE_FILE, RUN_FILE = "probe_rows.json", "trainer_state.json", "run.json"
+EVALUATION_FILE = "evaluation.json"
 # Metrics that only preference optimization logs
 PREFERENCE_METRICS = ("rewards/margins", "cooling/weight")
 

@@ -8,7 +8,6 @@ from transformers import AutoProcessor, PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
 ADAPTER_FILE = "adapter_config.json"
-PROCESSOR_FILES = ("tokenizer_config.json", "processor_config.json")
 
 
 def is_adapter(path: str) -> bool:
