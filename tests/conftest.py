@@ -3,6 +3,7 @@
 Fixtures that several test files share belong below the settings.
 """
 
+import gc
 import importlib.metadata
 import os
 
@@ -37,6 +38,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports():
+    """Every `train` collects garbage, which takes longer than the training where all of transformers is searched."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

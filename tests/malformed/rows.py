@@ -1,5 +1,7 @@
 """Malformed preference data: strategies for rows with one fault, and for the ways in which data reach a trainer."""
 
+import copy
+import functools
 import io
 import itertools
 import json
@@ -146,6 +148,11 @@ NO_PICTURES = st.sampled_from(
 
 def good_rows(kind):
     """Rows that nothing is wrong with: "standard", "conversational", "implicit", "parts" or "vision"."""
+    return copy.deepcopy(_good_rows(kind))
+
+
+@functools.cache
+def _good_rows(kind):
     if kind == "standard":
         return tiny.pairs(ROWS, conversational=False).to_list()
     rows = tiny.pairs(ROWS).to_list()
