@@ -11,9 +11,10 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_cwdpo import CWDPOConfig, CWDPOTrainer, DeltaLogpProbeCallback
 from trl_cwdpo.alerts import ProbeAlertCallback
+from trl_cwdpo.probe_flags import ADVICE, MEANINGS
 from trl_cwdpo.probe_measures import Interval
 from trl_cwdpo.probe_records import ProbeRecord
-from trl_cwdpo.signals import SignalThresholds
+from trl_cwdpo.signals import STOPPING, SignalThresholds
 
 
 def record(step, tv, ece=0.1):
@@ -45,13 +46,20 @@ def test_told_when_it_rises(trackio, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_cwdpo.alerts"):
         probe_all(ProbeAlertCallback(), records)
     expected = [
-        ("Probe flag: drift", "step 10: total variation to the reference 0.3 > 0.25"),
-        ("Probe flag: miscalibration", "step 20: calibration error up by 0.1 > 0.05, to 0.2"),
-        ("Probe flag: drift", "step 40: total variation to the reference 0.5 > 0.25"),
+        ("Probe flag: drift", f"step 10: total variation to the reference 0.3 > 0.25. {ADVICE['drift']}"),
+        (
+            "Probe flag: miscalibration",
+            f"step 20: calibration error up by 0.1 > 0.05, to 0.2. {ADVICE['miscalibration']}",
+        ),
+        ("Probe flag: drift", f"step 40: total variation to the reference 0.5 > 0.25. {ADVICE['drift']}"),
     ]
     assert [(alert["title"], alert["text"]) for alert in trackio] == expected
     assert all(alert["level"] == "warn" for alert in trackio)
-    assert caplog.messages == [f"{title}, {text}." for title, text in expected]
+    assert caplog.messages == [f"{title}, {text}" for title, text in expected]
+
+
+def test_every_flag_has_its_words():
+    assert set(ADVICE) == set(MEANINGS) == {*STOPPING, "squeezing"}
 
 
 def test_numbers_can_be_changed(trackio):
@@ -83,7 +91,7 @@ def test_one_of_the_user_takes_the_place_of_the_default(text_model, tmp_path, ca
     trainer.train()
     told = [message for message in caplog.messages if message.startswith("Probe flag: drift")]
     assert len(told) == 1
-    assert told[0].endswith("> 0.001.")
+    assert "> 0.001. Raise `beta`" in told[0]
 
 
 def test_a_run_of_trl_warns(text_model, tmp_path, caplog):

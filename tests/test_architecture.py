@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 # From the bottom up. A module imports from lower layers only: not sideways, not upwards. A folder counts as a module.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"_version", "redaction", "signal_thresholds"}),
+    frozenset({"_version", "probe_flags", "redaction", "signal_thresholds"}),
     frozenset(
         {
             "checkpoints",

@@ -15,6 +15,7 @@ import pytest
 
 from trl_cwdpo import report
 from trl_cwdpo.cli import main
+from trl_cwdpo.probe_flags import ADVICE
 from trl_cwdpo.probe_measures import Interval
 from trl_cwdpo.probe_records import FamilyMeasure, ProbeRecord, write_records
 from trl_cwdpo.report.catalogue import sections_of
@@ -313,6 +314,25 @@ class TestVerdict:
         track = read_runs([write_run(tmp_path / "a")]).tracks[0]
         verdict = judge(replace(track, stage="stage1"))
         assert (verdict.title, verdict.advice) == ("no flags", "Go on with stage 2.")
+        drifted = replace(track, stage="stage1", records=(*track.records, record(30, HEALTHY, total_variation=0.4)))
+        verdict = judge(drifted)
+        assert (verdict.title, verdict.advice) == ("flags: drift", f"Drift: {ADVICE['drift']}")
+        still = replace(track, stage="stage1", records=(record(0, {}), record(10, {})))
+        verdict = judge(still)
+        assert (verdict.title, verdict.tone) == ("nothing moved yet", "neutral")
+        assert "`beta`" not in verdict.advice
+
+    def test_where_no_pattern_fits_the_flags_say_what_to_do(self, tmp_path, no_pictures):
+        odd = {"chosen": 0.3, "rejected": 0.3, "rejected_hard": -0.3, "rejected_easy": 0.3}
+        folder = write_run(tmp_path / "a", odd)
+        (track,) = read_runs([folder]).tracks
+        assert judge(track).advice == "No known pattern: look at the single families."
+        write_records(folder / "probes.jsonl", [record(0, odd), record(10, odd, ece=0.2)])
+        runs = read_runs([folder])
+        verdict = judge(runs.tracks[0])
+        assert (verdict.title, verdict.tone) == ("unclear", "watch")
+        assert verdict.advice.endswith(f"by the flags: Miscalibration: {ADVICE['miscalibration']}")
+        assert "Train for fewer steps, lower learning_rate or raise beta ." in Page(report.render_report(runs)).text
 
     def test_missing_probes(self, tmp_path, no_pictures):
         runs = read_runs([write_run(tmp_path / "a", probes=False)])
@@ -333,7 +353,9 @@ class TestReading:
         write_run(tmp_path / "run" / "stage2")
         numbers = {"accuracy": 0.9, "margin": {"mean": 1.5}, "ece": 0.1, "brier": 0.2, "tv": 0.3, "top1_mass": 0.8,
                    "families": {"chosen": {"delta0": {"mean": 0.25}}, "rejected": {"delta0": None}}}  # fmt: skip
-        evaluation = {"reference": "stage1", "num_pairs": 7, "models": {"stage1": numbers, "stage2": numbers}}
+        of_loss = {"weight": 0.625, "easy_fraction": None, "loser_share": 0.375}
+        models = {"stage1": numbers, "stage2": {**numbers, **of_loss}}
+        evaluation = {"reference": "stage1", "num_pairs": 7, "models": models}
         (tmp_path / "run" / "evaluation.json").write_text(json.dumps(evaluation))
         runs = read_runs([tmp_path / "run"])
         assert [(track.name, track.stage) for track in runs.tracks] == [("run", "stage1"), ("run", "stage2")]
@@ -341,6 +363,9 @@ class TestReading:
         assert "Stage 1: supervised finetuning" in page.text
         assert "7 held-out pairs; changes, margins and distances from stage1" in page.text
         assert "90.0%" in page.text
+        assert "TV mean w loser share" in page.text
+        assert "0.300 – – stage2" in page.text
+        assert "0.300 0.62 0.38" in page.text
 
     def test_newest_readable_state(self, tmp_path):
         folder = write_run(tmp_path / "a", log=False)

@@ -248,7 +248,7 @@ class TestDiagnosis:
         assert found.name == name
         assert found.advice
         assert found.reason.startswith("step 40: ")
-        assert f"Δ0(chosen) {chosen:+.3g}" in found.reason
+        assert f"Δ0(chosen) {chosen:+.3f}" in found.reason
         assert f"weight {weight:.3g}" in found.reason
 
     @pytest.mark.parametrize("name", [name for name in ROWS if name != "squeezing"])

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .probe_flags import ADVICE
 from .probe_records import ProbeRecord
 from .signal_thresholds import DEFAULTS, SignalThresholds
 from .signals import raised_flags
@@ -62,9 +63,10 @@ class ProbeAlertCallback(TrainerCallback):
             return
         for name in new:
             title = f"Probe flag: {name.replace('_', ' ')}"
-            logger.warning("%s, %s.", title, flags[name])
+            text = f"{flags[name]}. {ADVICE[name]}"
+            logger.warning("%s, %s", title, text)
             if "trackio" in (args.report_to or ()):
-                _alert_trackio(title, flags[name])
+                _alert_trackio(title, text)
 
 
 class DefaultProbeAlerts(ProbeAlertCallback):

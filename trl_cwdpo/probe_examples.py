@@ -60,7 +60,9 @@ def make_example(
     """
 
     def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        text = str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        # Words that the tokenizer does not know may be all there is
+        return text or str(tokenizer.decode(list(ids))).strip()
 
     images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
     return ProbeExample(

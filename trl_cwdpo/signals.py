@@ -426,7 +426,7 @@ def diagnose(record: ProbeRecord, thresholds: SignalThresholds = DEFAULTS) -> Di
     deltas = [record.delta0(name) for name in names]
     signs = [_sign(record, name, thresholds) for name in names]
     numbers = [
-        f"Δ0({name}) {'unknown' if delta is None else f'{delta.mean:+.3g} [{delta.low:+.3g}, {delta.high:+.3g}]'}"
+        f"Δ0({name}) {'unknown' if delta is None else f'{delta.mean:+.3f} [{delta.low:+.3f}, {delta.high:+.3f}]'}"
         for name, delta in zip(names, deltas, strict=True)
     ]
     weight = "none" if record.mean_weight is None else f"{record.mean_weight:.3g}"

@@ -96,6 +96,15 @@ def test_tree_skipping_and_refusals(text_model, text_data, tmp_path, in_this_pro
     first, second = (evaluation["models"][name] for name in ("stage1", "stage2"))
     assert first["tv"] == pytest.approx(0.0, abs=1e-6)
     assert second["tv"] > 1e-5
+    # By the loss that stage 2 has trained with: on the same pairs, its last probe has measured the same
+    loss = json.loads((out / "stage2" / "run.json").read_text())["pair_loss"]
+    logged = next(entry for entry in _history(out / "stage2") if "cooling/floor" in entry)
+    assert (loss["beta"], loss["mode"]) == (0.1, "loss")
+    assert (loss["floor"], loss["temperature"]) == (logged["cooling/floor"], logged["cooling/temperature"])
+    for name in ("weight", "easy_fraction", "saturated_fraction", "loser_share"):
+        assert second[name] == pytest.approx(probes[-1][name], abs=1e-4), name
+    assert first["weight"] == pytest.approx(probes[-2]["weight"], abs=1e-4)
+    assert json.loads((out / "stage1" / "run.json").read_text())["pair_loss"] is None
     record = json.loads((out / "run.json").read_text())
     assert set(record["seconds"]) == {"prepare", "stage1", "stage2", "evaluate"}
     assert record["models"]["stage2"] == model_fingerprint(str(out / "stage2")) != record["models"]["stage1"]

@@ -20,6 +20,7 @@ from trl_cwdpo.cli.pipeline_plan import (
     HELD_OUT,
     MERGE,
     NEGATIVES,
+    RECORD,
     REPORT,
     REPORT_STEP,
     SPLIT,
@@ -240,11 +241,12 @@ def evaluate(recipe: Recipe, layout: Layout) -> str:
     Returns:
         `str`: What to say of it.
     """
-    from trl_cwdpo.cli.pipeline_evaluation import evaluate_models
+    from trl_cwdpo.cli.pipeline_evaluation import evaluate_models, trained_pair_loss
 
     rows = _held_out(recipe, layout)
     models = {"start": start_model(recipe)} | {name: result_of(recipe, name) for name in trainings_of(recipe)}
-    result = evaluate_models(models, STAGE1, rows, recipe)
+    *_, last = trainings_of(recipe)
+    result = evaluate_models(models, STAGE1, rows, recipe, trained_pair_loss(layout / last / RECORD))
     write_json(layout / EVALUATION, result.to_dict())
     return f"{result.table()}\n"
 

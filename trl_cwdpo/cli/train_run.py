@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trl_cwdpo.cli.train_options import Stage
 from trl_cwdpo.faults import NonFiniteLossError
 from trl_cwdpo.interrupts import SignalWatch
 from trl_cwdpo.loading import dataset_from_arguments, select_rows
+from trl_cwdpo.probes import pair_loss_of
 from trl_cwdpo.stopping import StopOnSignal
 
 RECORD = "run.json"
@@ -212,6 +214,7 @@ class Run:
             "max_steps": state.max_steps,
             "stopped_by": stopper.stopped_by and signal.Signals(stopper.stopped_by).name,
             "stopped_by_rules": list(_rules_that_fired(trainer)),
+            "pair_loss": _pair_loss(trainer),
             "best_checkpoint": state.best_model_checkpoint and Path(state.best_model_checkpoint).name,
             "numbers": self._numbers(trainer),
             "versions": versions(),
@@ -242,6 +245,13 @@ def _rules_that_fired(trainer: Any) -> tuple[str, ...]:  # noqa: ANN401 (either 
     """The rules over probes that have stopped the run, in words."""
     callbacks = trainer.callback_handler.callbacks
     return next((c.stopped for c in callbacks if isinstance(c, ProbeEarlyStoppingCallback)), ())
+
+
+def _pair_loss(trainer: Any) -> dict[str, Any] | None:  # noqa: ANN401 (either trainer)
+    """The preference loss that the run has trained with, "auto" solved, for measures of its models later on."""
+    # Before the first step, "auto" is not solved
+    loss = pair_loss_of(trainer) if trainer.state.global_step else None
+    return None if loss is None else asdict(loss)
 
 
 def _split(dataset: Any, option: str, name: str) -> Any:  # noqa: ANN401 (whichever kind of dataset)

@@ -420,8 +420,8 @@ def _optimization(tracks: Sequence[Track]) -> tuple[Chart, ...]:
         Chart(
             "gradient-norm",
             "Gradient norm",
-            "Before clipping. Points are spikes: norms far above the median of the fifty before, and three times it. "
-            "Many of them call for a lower learning rate, or for clipping.",
+            "Before clipping. Points are spikes: norms far above the median of those before. Many of them call for a "
+            "lower learning rate, or for clipping.",
             STEP,
             "norm",
             (*_logged(tracks, "grad_norm", "muted"), *_spikes(tracks)),

@@ -39,6 +39,8 @@ TELLING = frozenset(
         "seed",
     }
 )
+# What only a preference loss defines
+LOSS_COLUMNS = {"weight": "mean w", "easy_fraction": "easy", "loser_share": "loser share"}
 TELLING_PREFIXES = ("cooling", "negative_", "dataset_negative", "lora_", "use_peft", "load_in_")
 
 
@@ -196,8 +198,10 @@ def _written(value: Any) -> str:  # noqa: ANN401 (any JSON value)
 
 
 def _evaluation_part(position: int, name: str, result: dict[str, Any]) -> Part:
+    models = result.get("models", {})
+    of_loss = [key for key in LOSS_COLUMNS if any(numbers.get(key) is not None for numbers in models.values())]
     rows = []
-    for model, numbers in result.get("models", {}).items():
+    for model, numbers in models.items():
         families = numbers.get("families", {})
         deltas = [(families.get(side) or {}).get("delta0") or {} for side in ("chosen", "rejected")]
         is_reference = model == result.get("reference")
@@ -209,9 +213,11 @@ def _evaluation_part(position: int, name: str, result: dict[str, Any]) -> Part:
                 _number((numbers.get("margin") or {}).get("mean"), 2),
                 *(_number(delta.get("mean"), 3, signed=True) for delta in deltas),
                 *(_number(numbers.get(key), 3) for key in ("top1_mass", "ece", "brier", "tv")),
+                *(_number(numbers.get(key), 2) for key in of_loss),
             ]
         )
     headers = ["model", "pairs won", "margin", "Δ chosen", "Δ rejected", "top-1", "ECE", "Brier", "TV"]
+    headers += [LOSS_COLUMNS[key] for key in of_loss]
     note = (
         f"{result.get('num_pairs', DASH)} held-out pairs; changes, margins and distances from "
         f"{result.get('reference', DASH)}."

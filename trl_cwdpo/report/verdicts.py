@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trl_cwdpo.probe_flags import ADVICE, MEANINGS
 from trl_cwdpo.probe_measures import Interval
 from trl_cwdpo.probe_records import ProbeRecord
 from trl_cwdpo.report.tracks import Track
 from trl_cwdpo.signal_thresholds import DEFAULTS, SignalThresholds
-from trl_cwdpo.signals import STILL, diagnose, is_still, raised_flags, settled
+from trl_cwdpo.signals import diagnose, is_still, raised_flags, settled
 
 FAMILY_NAMES = {
     "chosen": "chosen",
@@ -19,14 +20,6 @@ FAMILY_NAMES = {
     "mismatched": "another row's chosen",
     "shuffled": "chosen, shuffled",
     "argmax": "greedy tokens",
-}
-FLAG_MEANINGS = {
-    "displacement": "the chosen responses lose probability although the margin grows",
-    "squeezing": "probability gathers on what the model would say anyway",
-    "miscalibration": "the model has become surer than it is right",
-    "drift": "the model has moved far from its reference",
-    "saturation": "nearly all pairs are learned; further steps push without need",
-    "cooled_out": "the rejected responses have become so unlikely that they teach nothing",
 }
 # Tone of a verdict: what a reader sees first
 GOOD, WATCH, BAD, NEUTRAL = "good", "watch", "bad", "neutral"
@@ -52,6 +45,8 @@ class FlagHistory:
             Whether the last probe raises it.
         reason (`str`):
             What the last probe that raised it says.
+        advice (`str`):
+            What to change.
     """
 
     name: str
@@ -61,6 +56,7 @@ class FlagHistory:
     of: int
     is_raised: bool
     reason: str
+    advice: str
 
     def __str__(self) -> str:
         """A sentence."""
@@ -123,24 +119,34 @@ def judge(track: Track, thresholds: SignalThresholds | None = None) -> Verdict:
         return Verdict(title, NEUTRAL, advice, "", missing=missing)
     flags = tuple(flag_history(track.records, thresholds))
     sentences = tuple(_sentences(track.records[0], track.records[-1], thresholds))
-    raised = [flag.name for flag in flags if flag.is_raised]
+    raised = [flag for flag in flags if flag.is_raised]
     if track.is_supervised:
         return Verdict(*_of_stage_1(track.records[-1], raised, thresholds), "", sentences, flags, missing)
     diagnosis = diagnose(track.records[-1], thresholds)
     undecided = WATCH if raised else NEUTRAL
     tones = {"healthy": WATCH if raised else GOOD, "unclear": undecided, "nothing moved yet": undecided}
     tone = tones.get(diagnosis.name, BAD)
-    return Verdict(diagnosis.name, tone, diagnosis.advice, diagnosis.reason, sentences, flags, missing)
+    advice = diagnosis.advice
+    if raised and diagnosis.name == "unclear":
+        advice = f"The families follow no known pattern; by the flags: {_advice(raised)}"
+    return Verdict(diagnosis.name, tone, advice, diagnosis.reason, sentences, flags, missing)
 
 
-def _of_stage_1(last: ProbeRecord, raised: Sequence[str], thresholds: SignalThresholds) -> tuple[str, str, str]:
+def _of_stage_1(
+    last: ProbeRecord, raised: Sequence[FlagHistory], thresholds: SignalThresholds
+) -> tuple[str, str, str]:
     # Title, tone and advice; the table of diagnoses is about pairs
     if raised:
-        title = f"flags: {', '.join(_words(name) for name in raised)}"
-        return title, BAD if "drift" in raised else WATCH, "See below what they mean."
+        names = [flag.name for flag in raised]
+        return f"flags: {', '.join(names)}", BAD if "drift" in names else WATCH, _advice(raised)
     if is_still(last, thresholds):
-        return "nothing moved yet", NEUTRAL, f"If the model was to learn something here: {STILL[0].lower()}{STILL[1:]}"
+        advice = "If the model was to learn something here, train for more steps or raise `learning_rate`."
+        return "nothing moved yet", NEUTRAL, advice
     return "no flags", GOOD, "Go on with stage 2."
+
+
+def _advice(raised: Sequence[FlagHistory]) -> str:
+    return " ".join(f"{flag.name[0].upper()}{flag.name[1:]}: {flag.advice}" for flag in raised)
 
 
 def flag_history(records: Sequence[ProbeRecord], thresholds: SignalThresholds = DEFAULTS) -> list[FlagHistory]:
@@ -163,12 +169,13 @@ def flag_history(records: Sequence[ProbeRecord], thresholds: SignalThresholds = 
         histories.append(
             FlagHistory(
                 name=_words(name),
-                meaning=FLAG_MEANINGS.get(name, _words(name)),
+                meaning=MEANINGS[name],
                 first_step=found[0][0],
                 probes=len(found),
                 of=len(records),
                 is_raised=name in raised[-1][1],
                 reason=found[-1][1],
+                advice=ADVICE[name],
             )
         )
     return histories
