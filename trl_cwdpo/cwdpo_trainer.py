@@ -224,6 +224,8 @@ class CWDPOTrainer(SafeRuns, SharesPrefixes, GroupsByLength, FinishedRunStaysFin
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         return self._reference_logps(inputs["completion_mask"], kwargs)
 
+    # --- on-policy negatives ----------------------------------------------------------------------------------------
+
     @property
     def dataset_negative_fraction(self) -> float:
         """Share of pairs that keep the dataset's rejected response at the step to come."""
@@ -276,6 +278,8 @@ class CWDPOTrainer(SafeRuns, SharesPrefixes, GroupsByLength, FinishedRunStaysFin
         super()._save_checkpoint(model, trial)
         self._negatives.saved()
 
+    # --- floor, temperature and weight ------------------------------------------------------------------------------
+
     @property
     def calibration(self) -> CoolingCalibration | None:
         """What `"auto"` found before the first update, or `None` before that or where nothing is `"auto"`."""
@@ -303,10 +307,6 @@ class CWDPOTrainer(SafeRuns, SharesPrefixes, GroupsByLength, FinishedRunStaysFin
     @property
     def _mode(self) -> objectives.CoolingMode:
         return cast(objectives.CoolingMode, self.args.cooling_mode)
-
-    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """As [`~trl.DPOTrainer`]."""
-        return super().compute_ref_log_probs(self._shared_prefix.stand_in(model), inputs)
 
     def _calibrate_once(self, model: torch.nn.Module) -> None:
         args = self.args
@@ -366,6 +366,8 @@ class CWDPOTrainer(SafeRuns, SharesPrefixes, GroupsByLength, FinishedRunStaysFin
             stop_gradient=args.cooling_stop_gradient,
         )
 
+    # --- the loss ---------------------------------------------------------------------------------------------------
+
     def _compute_loss(
         self,
         model: torch.nn.Module,
@@ -397,6 +399,10 @@ class CWDPOTrainer(SafeRuns, SharesPrefixes, GroupsByLength, FinishedRunStaysFin
         if pairs:
             self._log_cooling(pairs)
         return result
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """As [`~trl.DPOTrainer`]."""
+        return super().compute_ref_log_probs(self._shared_prefix.stand_in(model), inputs)
 
     def _remember_logps(self, outputs: upstream.FusedCausalLMOutput) -> None:
         self._last_logps = upstream.per_token_logps(outputs).detach().sum(dim=1)

@@ -1,7 +1,7 @@
-"""The only module that touches internals of TRL and transformers.
+"""The only package that touches internals of TRL and transformers.
 
-What this package assumes about them stands here, a few lines each, and is pinned down by `tests/test_upstream.py`,
-whose failures say which assumption a new release broke:
+What both trainers assume about them stands here, a few lines each, and is pinned down by `tests/test_upstream.py`,
+whose failures say which assumption a new release broke; what single features need is in the modules beside:
 
 - `DPOTrainer._compute_loss` calls its model once with `fused_lm_head=True`, *before* it reads `ref_chosen_logps` and
   `ref_rejected_logps` from its inputs, which it does where `precompute_ref_logps` is set;
