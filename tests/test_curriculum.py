@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_cwdpo import CurriculumCallback, CWDPOConfig, CWDPOTrainer
 from trl_cwdpo import probes as probes_module
-from trl_cwdpo.pair_order import PairSampler, packed, unpacked
+from trl_cwdpo.pair_order import OrderSampler, packed, unpacked
 from trl_cwdpo.upstream.sampling import use_sampler
 
 # All pairs' rejected responses stay what they are, so that a log tells which pairs a step had
@@ -86,7 +86,7 @@ class TestOrder:
         trainers = []
         for name in "ab":
             trainer = cwdpo(model, tmp_path / name, **options)
-            use_sampler(trainer, PairSampler(12, lambda: order))
+            use_sampler(trainer, OrderSampler(12, lambda: order))
             if name == "b":
                 # Measures, and leaves the order as it is
                 callback = CurriculumCallback(trainer, order=None)
@@ -146,7 +146,7 @@ class TestOnPolicy:
         original = probes_module.measure
 
         def measure(*args, **kwargs):
-            return dataclasses.replace(original(*args, **kwargs), easy_fraction=0.6)
+            return dataclasses.replace(original(*args, **kwargs), row_weights=(), easy_fraction=0.6)
 
         monkeypatch.setattr(probes_module, "measure", measure)
 

@@ -6,7 +6,7 @@ import tiny
 from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from trl_cwdpo.pair_order import PairSampler
+from trl_cwdpo.pair_order import OrderSampler
 from trl_cwdpo.upstream.checkpoints import save_checkpoint
 from trl_cwdpo.upstream.sampling import use_sampler
 
@@ -42,6 +42,6 @@ def test_the_training_dataloader_asks_for_its_sampler(text_model, tmp_path):
     plain = trainer.data_collator
     seen = []
     trainer.data_collator = lambda rows: seen.append(len(rows)) or plain(rows)
-    use_sampler(trainer, PairSampler(8, lambda: [7, 1]))
+    use_sampler(trainer, OrderSampler(8, lambda: [7, 1]))
     loader = trainer.get_train_dataloader()
     assert list(loader.batch_sampler) == [[7, 1, 7, 1], [7, 1, 7, 1]]

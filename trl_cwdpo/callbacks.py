@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .initial_negatives import measure_every_negative
-from .pair_order import PairSampler, packed, unpacked
+from .pair_order import OrderSampler, packed, unpacked
 from .probe_records import ProbeRecord
 from .probes import active_probes, add_configured_probes, calibrate_first, pair_loss_of
 from .run_state import RunState
@@ -322,7 +322,7 @@ class CurriculumCallback(TrainerCallback):
         self.raise_on_policy = raise_on_policy
         self._check(trainer)
         if order is not None:
-            use_sampler(trainer, PairSampler(len(trainer.train_dataset), self._indices))
+            use_sampler(trainer, OrderSampler(len(trainer.train_dataset), self._indices))
             if not any(isinstance(callback, RunState) for callback in trainer.callback_handler.callbacks):
                 trainer.add_callback(RunState())
 

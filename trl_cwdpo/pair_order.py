@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-class PairSampler(Sampler[int]):
+class OrderSampler(Sampler[int]):
     """
     Goes through pairs in an order that is asked for when an epoch begins.
 

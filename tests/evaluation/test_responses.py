@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from trl_cwdpo.evaluation.responses import compare_models, generate_responses, score_captions
+from trl_cwdpo.evaluation.responses import generate_responses, score_captions, win_rates
 from trl_cwdpo.evaluation.win_rate import score_judge
 from trl_cwdpo.probe_rows import choose_rows
 
@@ -54,12 +54,12 @@ def test_models_are_compared_with_the_reference():
     responses = {"base": ["a", "bb"], "ours": ["aa", "bb"]}
     rows = [{"prompt": "x"}, {"prompt": "y"}]
     judge = score_judge(lambda pairs: [len(pair.first) for pair in pairs])
-    found = compare_models(responses, rows, "base", judge)
+    found = win_rates(responses, rows, "base", judge)
     assert list(found) == ["ours"]
     assert found["ours"]["win_rate"]["mean"] == 0.75
     # The judge sees the row
     seen = []
-    compare_models(responses, rows, "base", score_judge(lambda pairs: [seen.append(p.row) or 0.0 for p in pairs]))
+    win_rates(responses, rows, "base", score_judge(lambda pairs: [seen.append(p.row) or 0.0 for p in pairs]))
     assert seen[0] == {"prompt": "x"}
 
 

@@ -138,12 +138,12 @@ class GeneratedResponses:
             `dict[str, dict[str, Any]]`: By model, `responses` and, as asked for, `win_rate` and the caption scores by
             their names.
         """
-        from trl_cwdpo.evaluation.responses import compare_models, score_captions
+        from trl_cwdpo.evaluation.responses import score_captions, win_rates
 
         found: dict[str, dict[str, Any]] = {name: {"responses": texts} for name, texts in self.responses.items()}
         columns: list[Column] = []
         if self.judge is not None:
-            rates = compare_models(self.responses, self.data, reference, self.judge)
+            rates = win_rates(self.responses, self.data, reference, self.judge)
             for name in found:
                 found[name]["win_rate"] = rates.get(name)
             columns.append(("win-rate\n95 %", "win_rate", _win_rate))

@@ -20,7 +20,7 @@ from trl_cwdpo.cli.launching import is_a_launched_process
 from trl_cwdpo.cwdpo_config import CWDPOConfig
 from trl_cwdpo.data import PreferenceCollator
 from trl_cwdpo.negatives.engines import SamplingOptions, TransformersEngine
-from trl_cwdpo.negatives.pairs import PairSampler, SampledPair, SelectionOptions
+from trl_cwdpo.negatives.pairs import NegativeSampler, SampledPair, SelectionOptions
 from trl_cwdpo.negatives.responses import Layout
 from trl_cwdpo.negatives.scoring import Scorer, named_reward
 from trl_cwdpo.upstream.generation import GeneratingPolicy, add_scoring_head, image_token_ids, stop_token_ids
@@ -108,7 +108,7 @@ def process_number() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def build_sampler(dataset: Dataset, settings: PolicySettings, folder: Path) -> tuple[PairSampler, Dataset]:
+def build_sampler(dataset: Dataset, settings: PolicySettings, folder: Path) -> tuple[NegativeSampler, Dataset]:
     """
     A sampler for a checkpoint, and the dataset as the sampler wants it.
 
@@ -121,7 +121,7 @@ def build_sampler(dataset: Dataset, settings: PolicySettings, folder: Path) -> t
             Output folder.
 
     Returns:
-        `tuple[PairSampler, Dataset]`.
+        `tuple[NegativeSampler, Dataset]`.
     """
     # First, since a configuration sets up accelerate anew
     args = CWDPOConfig(str(folder), max_length=None, use_cpu=not torch.accelerator.is_available(), bf16=False)
@@ -152,7 +152,7 @@ def build_sampler(dataset: Dataset, settings: PolicySettings, folder: Path) -> t
         collated = collator(batch)
         return {key: v.to(accelerator.device) if torch.is_tensor(v) else v for key, v in collated.items()}
 
-    sampler = PairSampler(
+    sampler = NegativeSampler(
         engine=TransformersEngine(GeneratingPolicy(model, accelerator), tokenizer.pad_token_id),
         model=model,
         collate=collate,

@@ -70,7 +70,7 @@ def _left_padded(rows: ProbeRows, positions: Sequence[int], prompts: Mapping[str
     return {**pictures, **kinds, "input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def compare_models(
+def win_rates(
     responses: Mapping[str, Sequence[str]],
     rows: Sequence[Mapping[str, Any]],
     reference: str,

@@ -70,7 +70,7 @@ class SelectionOptions:
 
 
 @dataclass
-class PairSampler:
+class NegativeSampler:
     """
     Samples negatives for rows of a dataset. All processes call it together, with equally many rows, at least one.
 

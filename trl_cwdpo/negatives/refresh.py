@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 
 from trl_cwdpo.run_state import RunState
 
-from .pairs import PairSampler, SampledPair, whole_prompts
+from .pairs import NegativeSampler, SampledPair, whole_prompts
 from .records import SampleTable, WindowCounts, count_window, window_metrics
 from .responses import Layout, with_responses
 from .selection import pairs_to_sample
@@ -139,7 +139,7 @@ class OnPolicyNegatives:
         trainer ([`CWDPOTrainer`]):
             The trainer.
         make_sampler (`Callable`):
-            Builds the [`PairSampler`] once the model is in its place.
+            Builds the [`NegativeSampler`] once the model is in its place.
         schedule ([`FractionSchedule`]):
             Share of pairs that keep the dataset's negative, unless [`set_fraction`] was called.
         refresh_steps (`int`):
@@ -157,7 +157,7 @@ class OnPolicyNegatives:
     def __init__(
         self,
         trainer: Any,  # noqa: ANN401 (its class imports this module)
-        make_sampler: Callable[[], PairSampler],
+        make_sampler: Callable[[], NegativeSampler],
         *,
         schedule: FractionSchedule,
         refresh_steps: int,

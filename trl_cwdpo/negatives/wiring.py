@@ -9,7 +9,7 @@ from trl_cwdpo.upstream.generation import GeneratingPolicy, image_token_ids, sto
 from trl_cwdpo.upstream.vllm import build_vllm_generation
 
 from .engines import Engine, SamplingOptions, TransformersEngine, VLLMEngine
-from .pairs import PairSampler, SelectionOptions
+from .pairs import NegativeSampler, SelectionOptions
 from .records import SampleTable
 from .refresh import FractionSchedule, OnPolicyNegatives
 from .responses import Layout
@@ -115,7 +115,7 @@ def build_sampler(
     layout: Layout,
     scorer: Scorer | None,
     vllm: Engine | None,
-) -> PairSampler:
+) -> NegativeSampler:
     """
     The sampler for a trainer's model as it is wrapped now.
 
@@ -130,7 +130,7 @@ def build_sampler(
             vLLM; `None`: transformers samples.
 
     Returns:
-        [`PairSampler`].
+        [`NegativeSampler`].
     """
     args = trainer.args
     policy = GeneratingPolicy(
@@ -139,7 +139,7 @@ def build_sampler(
         gather_deepspeed3_params=args.ds3_gather_for_generation,
         gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
     )
-    return PairSampler(
+    return NegativeSampler(
         engine=vllm or TransformersEngine(policy, layout.pad_token_id),
         model=trainer.model_wrapped,
         collate=lambda rows: trainer._prepare_inputs(trainer.data_collator(rows)),
