@@ -26,6 +26,7 @@ from trl_cwdpo.benchmarks import baselines
 from trl_cwdpo.benchmarks.matrix import Cell, Data, Matrix, Stage2, digest
 from trl_cwdpo.benchmarks.methods import METHODS, PAIR_LOSS, SFT
 from trl_cwdpo.benchmarks.pair_loss_trainer import PairLossTrainer
+from trl_cwdpo.benchmarks.remembered import Memory, RememberingCollator
 from trl_cwdpo.benchmarks.task import Task
 from trl_cwdpo.cwdpo_config import CWDPOConfig
 from trl_cwdpo.cwdpo_trainer import CWDPOTrainer
@@ -42,6 +43,9 @@ from trl_cwdpo.upstream.models import load_processor
 
 DONE, DIVERGED = "done", "diverged"
 FAMILIES = ("chosen", "rejected", "argmax")
+SPLITS = ("validation", "test")
+# Options that differ between cells of a method and change no batch
+SETTINGS = ("learning_rate", "beta", "output_dir")
 RESULTS = "results.json"
 
 
@@ -65,6 +69,8 @@ class Runner:
         self._held_out: dict[str, dict[str, Dataset]] = {}
         self._rows: dict[str, ProbeRows] = {}
         self._pairs: dict[str, tuple[Dataset, Dataset]] = {}
+        self._references: dict[Path, dict[str, Reference]] = {}
+        self._batches: dict[str, Memory] = {}
 
     # --- where a run starts -----------------------------------------------------------------------------------------
 
@@ -99,7 +105,7 @@ class Runner:
             else:
                 self._train_stage1(base, fresh, regime, stage1, seed)
             model = load_for_evaluation(str(fresh))
-            results = self._measure(model, load_processor(str(fresh)), regime, seed, reference=model)
+            results = self._measure(model, load_processor(str(fresh)), regime, seed, _by_split(model))
             results["settings"] = self.matrix.start_settings(regime, stage1, seed)
             (fresh / RESULTS).write_text(json.dumps(results) + "\n", encoding="utf-8")
             # A folder without results was left by something that is no run of ours or was cut short
@@ -193,10 +199,15 @@ class Runner:
             }
             if result["status"] == DONE:
                 model = trainer.accelerator.unwrap_model(trainer.model)
-                reference = load_for_evaluation(str(start))
-                result |= self._measure(model, processor, cell.regime, cell.seed, reference)
+                result |= self._measure(model, processor, cell.regime, cell.seed, self._reference(start))
         result["start"] = json.loads((start / RESULTS).read_text(encoding="utf-8"))
         return result
+
+    def _reference(self, start: Path) -> dict[str, Reference]:
+        """The model of a folder, with what it said of each split: cells of one start follow one another."""
+        if start not in self._references:
+            self._references = {start: _by_split(load_for_evaluation(str(start)))}
+        return self._references[start]
 
     def _trainer(self, cell: Cell, start: Path, folder: Path, processor: Any) -> Any:  # noqa: ANN401 (any TRL trainer)
         entry, stage2 = self.matrix.methods[cell.method], self.matrix.stage2_of(cell.regime)
@@ -221,10 +232,26 @@ class Runner:
             shared["model"] = _load(start)
             return GentleNegativeSFTTrainer(args=config, **shared)
         options = {**common, "beta": cell.beta, **stage2.options, **method.options, **entry.options}
+        # All cells of a start have the same pairs then; sampled ones have no stored reference
+        from_dataset = options.get("dataset_negative_fraction", 1.0) == 1.0
+        if from_dataset and not self.matrix.lora:
+            options.setdefault("reference_cache_dir", str(self.folder / "references"))
         shared |= {"args": CWDPOConfig(**options), **self._reward(stage2)}
         if method.kind == PAIR_LOSS:
-            return PairLossTrainer(pair_loss=getattr(baselines, str(method.pair_loss)), **shared)
-        return CWDPOTrainer(**shared)
+            trainer: Any = PairLossTrainer(pair_loss=getattr(baselines, str(method.pair_loss)), **shared)
+        else:
+            trainer = CWDPOTrainer(**shared)
+        if from_dataset:
+            trainer.data_collator = RememberingCollator(trainer.data_collator, self._memory(start, options))
+        return trainer
+
+    def _memory(self, start: Path, options: Mapping[str, Any]) -> Memory:
+        """Batches of pairs, with what the model of a folder says of them: the settings of a method share them."""
+        others = {name: value for name, value in options.items() if name not in SETTINGS}
+        key = digest({"start": start.name, **others})
+        if key not in self._batches:
+            self._batches = {key: Memory()}
+        return self._batches[key]
 
     def _adapter(self) -> LoraConfig | None:
         return LoraConfig(**self.matrix.lora) if self.matrix.lora else None
@@ -232,7 +259,14 @@ class Runner:
     def _reward(self, stage2: Stage2) -> dict[str, Any]:
         return {"negative_reward_funcs": [self.task.reward]} if stage2.reward else {}
 
-    def _measure(self, model: Any, processor: Any, regime: str, seed: int, reference: Any) -> dict[str, Any]:  # noqa: ANN401
+    def _measure(
+        self,
+        model: Any,  # noqa: ANN401
+        processor: Any,  # noqa: ANN401
+        regime: str,
+        seed: int,
+        references: dict[str, Reference],
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         held_out = self.held_out(self.matrix.data_of(regime))
         for split in self.matrix.splits(seed):
@@ -242,7 +276,7 @@ class Runner:
                 model,
                 self._probe_rows(split, rows, processor),
                 families=FAMILIES,
-                reference=Reference(reference),
+                reference=references[split],
                 batch_size=64,
             ).to_dict()
             kept = ("ece", "smooth_ece", "brier", "entropy", "top1_mass", "reliability")
@@ -355,6 +389,11 @@ def write_results(file: Path, result: Mapping[str, Any]) -> None:
     aside = file.with_suffix(".tmp")
     aside.write_text(json.dumps(result) + "\n", encoding="utf-8")
     aside.replace(file)
+
+
+def _by_split(model: Any) -> dict[str, Reference]:  # noqa: ANN401 (a model of any class)
+    # What a reference has said is kept by the position of the row in its split
+    return {split: Reference(model, seen={}) for split in SPLITS}
 
 
 def _training_options(folder: Path, seed: int) -> dict[str, Any]:
