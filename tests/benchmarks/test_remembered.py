@@ -87,6 +87,8 @@ def test_sampled_pairs_are_neither_kept_nor_stored(cache, tmp_path):
     entry = {"options": {"dataset_negative_fraction": 0.5, "negative_max_completion_length": 3}}
     runner = Runner(matrix(**entry), make_task("shapes-captions", cache), tmp_path, cache)
     runner.build_start("default", "smoothed", 10)
-    runner.run(Cell("default", "cwdpo", 1e-3, 0.1, 10))
+    result = runner.run(Cell("default", "cwdpo", 1e-3, 0.1, 10))
+    assert result["logged"]["negatives/on_policy_fraction"] + result["logged"]["negatives/fallback_fraction"] > 0
+    assert result["logged"]["cooling/temperature"] > 0
     assert not runner._batches
     assert not (tmp_path / "references").exists()

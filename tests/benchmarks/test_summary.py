@@ -143,7 +143,10 @@ def test_seeds_are_averaged_before_settings_are_judged():
         result(rate=1e-3, scores=(0.79, 0.79), seed=0),
         result(rate=1e-3, scores=(0.79, 0.79), seed=1),
     ]
-    assert robustness(results, 0.02)["default", "dpo"].good == 2
+    found = robustness(results, 0.02)["default", "dpo"]
+    assert found.good == 2
+    # Alone, each seed has its own best: 1.0 is far above 0.79, and 0.79 far above 0.6
+    assert found.good_by_seed == [1, 1]
     assert len(by_setting(results)["default", "dpo"][1e-4, 0.1]) == 2
 
 
@@ -184,6 +187,10 @@ def test_the_report_holds_every_method():
     text = report(matrix(), grid, final, score_name="attribute accuracy")
     for words in ("| dpo |", "| cwdpo |", "attribute accuracy", "2/2", "0.500 [0.500, 0.500]", "50.0 % [50.0, 50.0]"):
         assert words in text
+    # Scores and rises of the ECE, β by row and learning rate by column
+    assert text.count("| method | β | 0.0001 | 0.001 |") == 2
+    assert text.count("| dpo | 0.1 | 0.500 | 0.500 |") == 1
+    assert text.count("| dpo | 0.1 | +0.010 | +0.010 |") == 1
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") > 3 for line in tables)
 
@@ -192,3 +199,10 @@ def test_cells_of_tables():
     assert interval_text(None, 3) == "–"
     assert interval_text(mean_interval([0.5]), 2) == "0.50"
     assert markdown_table(["a"], [["x|y"]]).splitlines()[-1] == "| x\\|y |"
+
+
+def test_the_grid_names_runs_that_diverged_and_those_that_are_missing():
+    grid = [result(rate=1e-4), result(rate=1e-3, status="diverged")]
+    text = report(matrix(grid={"learning_rate": [1e-4, 1e-3, 1e-2]}), grid, [])
+    assert "| dpo | 0.1 | 0.500 | 0.000 | – |" in text
+    assert "| dpo | 0.1 | +0.010 | diverged | – |" in text

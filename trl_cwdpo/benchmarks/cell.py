@@ -5,10 +5,11 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -196,6 +197,7 @@ class Runner:
                 "steps": trainer.state.global_step,
                 "gradient_norms": norms,
                 "gradient_spikes": int(gradient_spikes(norms).sum()),
+                "logged": logged_means(history),
             }
             if result["status"] == DONE:
                 model = trainer.accelerator.unwrap_model(trainer.model)
@@ -373,6 +375,25 @@ def with_label_noise(pairs: Dataset, share: float, seed: int) -> Dataset:
     for name, column in sides.items():
         pairs = pairs.remove_columns(name).add_column(name, column, feature=features[name])
     return pairs
+
+
+def logged_means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """
+    What a run logged of cooling and of sampled negatives, such as the calibrated floor.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            The trainer's log.
+
+    Returns:
+        `dict[str, float]`: Mean over the entries that have it, by the metric's name.
+    """
+    found: dict[str, list[float]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name.startswith(("cooling/", "negatives/")):
+                found.setdefault(name, []).append(float(value))
+    return {name: fmean(values) for name, values in found.items()}
 
 
 def write_results(file: Path, result: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -185,6 +185,8 @@ class Robustness:
             That learning rate and β.
         good (`int`):
             Settings whose mean score lies within the tolerance of its own best.
+        good_by_seed (`list[int]`):
+            As `good`, from the runs of one seed alone, in the order of seeds: how much the count is worth.
         good_overall (`int`):
             Those within the tolerance of the best score of any method in the regime.
         worst (`float`):
@@ -202,6 +204,7 @@ class Robustness:
     best: float
     best_setting: Setting
     good: int
+    good_by_seed: list[int]
     good_overall: int
     worst: float
     ece_change: float
@@ -234,15 +237,15 @@ def robustness(
         regime_best = max(max(scores[other].values()) for other in groups if other[0] == key[0])
         best = max(scores[key].values())
         diverged = {s for s, runs in settings.items() if any(run["status"] != DONE for run in runs)}
-        rises = {s: _ece_change(runs) for s, runs in settings.items() if s not in diverged}
+        rises = {s: ece_change(runs) for s, runs in settings.items() if s not in diverged}
         found[key] = Robustness(
             settings=len(settings),
             start=fmean(fmean(run["start"]["validation"]["scores"]) for runs in settings.values() for run in runs),
             best=best,
             best_setting=chosen[key],
-            # Scores are ratios of small whole numbers: a tie with the bound must not hang on rounding
-            good=sum(score >= best - tolerance - 1e-9 for score in scores[key].values()),
-            good_overall=sum(score >= regime_best - tolerance - 1e-9 for score in scores[key].values()),
+            good=_within(scores[key].values(), best, tolerance),
+            good_by_seed=_good_by_seed(settings, tolerance),
+            good_overall=_within(scores[key].values(), regime_best, tolerance),
             worst=min(scores[key].values()),
             ece_change=max(rises.values(), default=math.nan),
             miscalibrated=sum(rise > ece_limit for rise in rises.values()) + len(diverged),
@@ -251,7 +254,21 @@ def robustness(
     return found
 
 
-def _ece_change(runs: Sequence[Mapping[str, Any]]) -> float:
+def _within(scores: Iterable[float], best: float, tolerance: float) -> int:
+    # Scores are ratios of small whole numbers: a tie with the bound must not hang on rounding
+    return sum(score >= best - tolerance - 1e-9 for score in scores)
+
+
+def _good_by_seed(settings: Mapping[Setting, Sequence[Mapping[str, Any]]], tolerance: float) -> list[int]:
+    scores: dict[int, list[float]] = defaultdict(list)
+    for runs in settings.values():
+        for run in runs:
+            scores[run["cell"]["seed"]].append(score_of(run, "validation"))
+    return [_within(found, max(found), tolerance) for _, found in sorted(scores.items())]
+
+
+def ece_change(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Mean rise of the ECE on validation rows above the start's; of runs that ended in finite numbers."""
     return fmean(run["validation"]["ece"] - run["start"]["validation"]["ece"] for run in runs)
 
 

@@ -1,9 +1,11 @@
 """A benchmark's results as Markdown."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
+from trl_cwdpo.benchmarks.cell import DONE
 from trl_cwdpo.benchmarks.matrix import Matrix
 from trl_cwdpo.benchmarks.methods import METHODS
 from trl_cwdpo.benchmarks.summary import (
@@ -12,6 +14,7 @@ from trl_cwdpo.benchmarks.summary import (
     by_setting,
     choose_settings,
     comparison,
+    ece_change,
     robustness,
     score_of,
     win_rates,
@@ -100,12 +103,12 @@ def _grid_part(matrix: Matrix, results: Sequence[Mapping[str, Any]], score_name:
         rows = [_robustness_row(name, found[regime, name]) for name in matrix.methods if (regime, name) in found]
         if not rows:
             continue
-        headers = ["method", "start", "best", "at lr, β", "worst", "good", "good overall", "largest ECE rise"]
-        headers += ["ECE rise > 0.03", "diverged"]
+        headers = ["method", "start", "best", "at lr, β", "worst", "good", "each seed alone", "good overall"]
+        headers += ["largest ECE rise", "ECE rise > 0.03", "diverged"]
         lines += [
             f"### Regime {regime}",
             markdown_table(headers, rows),
-            _grid_table(regime, matrix, results, score_name),
+            *_grid_tables(regime, matrix, results, score_name),
         ]
     return "\n\n".join(lines)
 
@@ -119,6 +122,7 @@ def _robustness_row(name: str, found: Robustness) -> list[str]:
         f"{learning_rate:g}, {beta:g}",
         f"{found.worst:.3f}",
         f"{found.good}/{found.settings}",
+        ", ".join(map(str, found.good_by_seed)),
         f"{found.good_overall}/{found.settings}",
         MISSING if math.isnan(found.ece_change) else f"{found.ece_change:+.3f}",
         f"{found.miscalibrated}/{found.settings}",
@@ -126,22 +130,38 @@ def _robustness_row(name: str, found: Robustness) -> list[str]:
     ]
 
 
-def _grid_table(regime: str, matrix: Matrix, results: Sequence[Mapping[str, Any]], score_name: str) -> str:
-    groups = by_setting(results)
-    settings = [(rate, beta) for rate in matrix.grid.learning_rate for beta in matrix.grid.beta]
-    rows = []
-    for name in matrix.methods:
-        runs = groups.get((regime, name), {})
-        cells = [_scores_text(runs.get(setting, [])) for setting in settings]
-        rows.append([name, *cells])
-    headers = ["method", *(f"{rate:g}, {beta:g}" for rate, beta in settings)]
-    return f"{score_name.capitalize()} at each learning rate, β:\n\n" + markdown_table(headers, rows)
+def _grid_tables(regime: str, matrix: Matrix, results: Sequence[Mapping[str, Any]], score_name: str) -> list[str]:
+    titles = {
+        f"{score_name.capitalize()} at each β (rows) and learning rate (columns):": _scores_text,
+        "ECE − start's at each β and learning rate:": _rises_text,
+    }
+    return [f"{title}\n\n" + _grid_table(regime, matrix, results, text) for title, text in titles.items()]
+
+
+def _grid_table(
+    regime: str,
+    matrix: Matrix,
+    results: Sequence[Mapping[str, Any]],
+    text: Callable[[Sequence[Mapping[str, Any]]], str],
+) -> str:
+    groups, rates = by_setting(results), matrix.grid.learning_rate
+    rows = [
+        [name, f"{beta:g}" if METHODS[entry.method].uses_beta else MISSING]
+        + [text(groups.get((regime, name), {}).get((rate, beta), [])) for rate in rates]
+        for name, entry in matrix.methods.items()
+        for beta in dict.fromkeys(beta for _, beta in matrix.settings(entry))
+    ]
+    return markdown_table(["method", "β", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def _scores_text(runs: Sequence[Mapping[str, Any]]) -> str:
-    if not runs:
-        return MISSING
-    return f"{sum(score_of(run, 'validation') for run in runs) / len(runs):.3f}"
+    return f"{fmean(score_of(run, 'validation') for run in runs):.3f}" if runs else MISSING
+
+
+def _rises_text(runs: Sequence[Mapping[str, Any]]) -> str:
+    if any(run["status"] != DONE for run in runs):
+        return "diverged"
+    return f"{ece_change(runs):+.3f}" if runs else MISSING
 
 
 def _final_part(
