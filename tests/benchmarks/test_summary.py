@@ -147,6 +147,14 @@ def test_seeds_are_averaged_before_settings_are_judged():
     assert found.good == 2
     # Alone, each seed has its own best: 1.0 is far above 0.79, and 0.79 far above 0.6
     assert found.good_by_seed == [1, 1]
+    # (1.0 + 0.79) / 2 and (0.6 + 0.79) / 2; two seeds: 12.7062 standard errors on either side
+    assert found.mean.mean == pytest.approx(0.795)
+    assert found.mean.high - found.mean.mean == pytest.approx(12.7062 * 0.1, rel=1e-4)
+    others = [result("cwdpo", rate=1e-4, scores=(score, score), seed=seed) for seed, score in ((0, 0.995), (1, 0.895))]
+    found = robustness(results + others, 0.02)["default", "cwdpo"]
+    # 0.995 − 0.895 and 0.895 − 0.695, seed by seed
+    assert found.less_first.mean == pytest.approx(0.15)
+    assert found.less_first.high == pytest.approx(0.15 + 12.7062 * 0.05, rel=1e-4)
     assert len(by_setting(results)["default", "dpo"][1e-4, 0.1]) == 2
 
 

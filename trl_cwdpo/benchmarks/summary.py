@@ -187,6 +187,10 @@ class Robustness:
             Settings whose mean score lies within the tolerance of its own best.
         good_by_seed (`list[int]`):
             As `good`, from the runs of one seed alone, in the order of seeds: how much the count is worth.
+        mean (`Interval`):
+            Mean score over all settings, with its interval over seeds.
+        less_first (`Interval`):
+            That less the mean of the first method in the regime, paired by seed.
         good_overall (`int`):
             Those within the tolerance of the best score of any method in the regime.
         worst (`float`):
@@ -205,6 +209,8 @@ class Robustness:
     best_setting: Setting
     good: int
     good_by_seed: list[int]
+    mean: Interval
+    less_first: Interval
     good_overall: int
     worst: float
     ece_change: float
@@ -231,7 +237,9 @@ def robustness(
     """
     groups = by_setting(results)
     scores = {key: {s: _mean_score(runs) for s, runs in settings.items()} for key, settings in groups.items()}
-    chosen = choose_settings(results)
+    chosen, by_seed = choose_settings(results), {key: _by_seed(settings) for key, settings in groups.items()}
+    # Results come in the order of the matrix
+    first = {key[0]: key for key in reversed(groups)}
     found = {}
     for key, settings in groups.items():
         regime_best = max(max(scores[other].values()) for other in groups if other[0] == key[0])
@@ -244,7 +252,9 @@ def robustness(
             best=best,
             best_setting=chosen[key],
             good=_within(scores[key].values(), best, tolerance),
-            good_by_seed=_good_by_seed(settings, tolerance),
+            good_by_seed=[_within(found, max(found), tolerance) for found in by_seed[key].values()],
+            mean=mean_interval([fmean(found) for found in by_seed[key].values()]),
+            less_first=_difference(by_seed[key], by_seed[first[key[0]]]),
             good_overall=_within(scores[key].values(), regime_best, tolerance),
             worst=min(scores[key].values()),
             ece_change=max(rises.values(), default=math.nan),
@@ -259,12 +269,18 @@ def _within(scores: Iterable[float], best: float, tolerance: float) -> int:
     return sum(score >= best - tolerance - 1e-9 for score in scores)
 
 
-def _good_by_seed(settings: Mapping[Setting, Sequence[Mapping[str, Any]]], tolerance: float) -> list[int]:
+def _by_seed(settings: Mapping[Setting, Sequence[Mapping[str, Any]]]) -> dict[int, list[float]]:
     scores: dict[int, list[float]] = defaultdict(list)
     for runs in settings.values():
         for run in runs:
             scores[run["cell"]["seed"]].append(score_of(run, "validation"))
-    return [_within(found, max(found), tolerance) for _, found in sorted(scores.items())]
+    return dict(sorted(scores.items()))
+
+
+def _difference(scores: Mapping[int, Sequence[float]], others: Mapping[int, Sequence[float]]) -> Interval:
+    shared = [seed for seed in scores if seed in others]
+    differences = [fmean(scores[seed]) - fmean(others[seed]) for seed in shared]
+    return mean_interval(differences) if shared else Interval(math.nan, math.nan, math.nan)
 
 
 def ece_change(runs: Sequence[Mapping[str, Any]]) -> float:

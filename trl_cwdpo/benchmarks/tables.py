@@ -104,7 +104,13 @@ def _grid_part(matrix: Matrix, results: Sequence[Mapping[str, Any]], score_name:
         if not rows:
             continue
         headers = ["method", "start", "best", "at lr, β", "worst", "good", "each seed alone", "good overall"]
-        headers += ["largest ECE rise", "ECE rise > 0.03", "diverged"]
+        headers += [
+            "mean of the grid",
+            f"less {next(iter(matrix.methods))}'s",
+            "largest ECE rise",
+            "ECE rise > 0.03",
+            "diverged",
+        ]
         lines += [
             f"### Regime {regime}",
             markdown_table(headers, rows),
@@ -124,6 +130,8 @@ def _robustness_row(name: str, found: Robustness) -> list[str]:
         f"{found.good}/{found.settings}",
         ", ".join(map(str, found.good_by_seed)),
         f"{found.good_overall}/{found.settings}",
+        interval_text(found.mean, 3),
+        interval_text(found.less_first, 3),
         MISSING if math.isnan(found.ece_change) else f"{found.ece_change:+.3f}",
         f"{found.miscalibrated}/{found.settings}",
         f"{found.diverged}/{found.settings}",
