@@ -2,16 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_cwdpo.evaluation.calibration import calibration
 from trl_cwdpo.probe_measures import expected_calibration_error, reliability
 
 pytest.importorskip("torchmetrics")
-
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
 
 
 @given(

@@ -1,15 +1,10 @@
 """What the tests of the shapes task share: a small dataset and a tiny model on disk, each built once."""
 
 import pytest
-from hypothesis import settings
 
 from trl_cwdpo.shapes.dataset import write_dataset
 from trl_cwdpo.shapes.model import build_model, build_processor
 from trl_cwdpo.shapes.pretraining import Recipe, pretrain
-
-# A test machine may be busy: slow is not wrong.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session")
