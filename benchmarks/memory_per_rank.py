@@ -16,8 +16,8 @@ REFERENCES = ("model", "cache", "adapter")
 FLOAT32, BFLOAT16 = 4.0, 2.0
 # Two moments in float32
 ADAM = 2 * FLOAT32
-# nf4: half a byte a weight and one float32 scale for 64 of them
-NF4 = 0.5 + FLOAT32 / 64
+# nf4: half a byte a weight, and one float32 scale for 64 of them, which no engine shards
+NF4, NF4_SCALES = 0.5, FLOAT32 / 64
 GIB = 2**30
 
 
@@ -53,13 +53,15 @@ def bytes_per_rank(
     reference: str = "model",
     mixed_precision: bool = True,
     base_bytes: float = BFLOAT16,
+    base_scales: float = 0.0,
 ) -> Memory:
     """
     What each process holds, with AdamW.
 
-    P parameters, T of them trained, N processes; w bytes for a weight that is trained, b for one that is not:
+    P parameters, T of them trained, N processes; w bytes for a weight that is trained, b for one that is not, and s
+    for its share of a scale, where it is quantized:
 
-        weights    (w·T + b·(P − T)) / N from stage 3 on
+        weights    (w·T + b·(P − T)) / N from stage 3 on, + s·(P − T)
         gradients  w·T               / N from stage 2 on
         optimizer  (8 + m)·T         / N from stage 1 on
         reference  w·P               / N from stage 3 on
@@ -76,7 +78,9 @@ def bytes_per_rank(
             `"model"`: one beside the trained model; `"cache"`: `reference_cache_dir`; `"adapter"`: the base,
             with the adapter switched off. The last two take nothing.
         mixed_precision (`bool`, *optional*, defaults to `True`): `bf16=True`.
-        base_bytes (`float`, *optional*, defaults to `2.0`): b: 2 for bfloat16 (`dtype`), `NF4` for `load_in_4bit`.
+        base_bytes (`float`, *optional*, defaults to `2.0`): b: 2 for bfloat16 (`dtype`), `NF4` for `load_in_4bit`,
+            which FSDP2 shards with a `bnb_4bit_quant_storage` of floats only.
+        base_scales (`float`, *optional*, defaults to `0.0`): s: `NF4_SCALES` for `load_in_4bit`.
 
     Returns:
         [`Memory`].
@@ -90,10 +94,11 @@ def bytes_per_rank(
     shards = {level: ranks if STAGES[engine] >= level else 1 for level in (1, 2, 3)}
     deepspeed = engine.startswith("zero")
     trained = parameters if trainable is None else trainable
+    frozen = parameters - trained
     width = BFLOAT16 if deepspeed and mixed_precision else FLOAT32
     copy = FLOAT32 if deepspeed else 0.0
     return Memory(
-        weights=(width * trained + base_bytes * (parameters - trained)) / shards[3],
+        weights=(width * trained + base_bytes * frozen) / shards[3] + base_scales * frozen,
         gradients=width * trained / shards[2],
         optimizer=(ADAM + copy) * trained / shards[1],
         reference=width * parameters / shards[3] if reference == "model" else 0.0,
@@ -113,16 +118,14 @@ def table(parameters: float, ranks: int, adapter: float) -> str:
         "whole model": {"reference": "model"},
         "whole model, reference cache": {"reference": "cache"},
         "LoRA": {"reference": "adapter", "trainable": adapter},
-        "QLoRA (nf4)": {"reference": "adapter", "trainable": adapter, "base_bytes": NF4},
+        "QLoRA (nf4)": {"reference": "adapter", "trainable": adapter, "base_bytes": NF4, "base_scales": NF4_SCALES},
     }
     lines = [f"| GiB on each of {ranks} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for engine in STAGES:
         cells = []
         for name, options in columns.items():
             size = parameters + (adapter if "LoRA" in name else 0)
-            # DeepSpeed and FSDP2 shard 4-bit weights only with settings of bitsandbytes of their own
-            sharded = engine in ("zero3", "fsdp2") and "QLoRA" in name
-            cells.append("–" if sharded else f"{bytes_per_rank(size, ranks, engine, **options).total / GIB:.1f}")
+            cells.append(f"{bytes_per_rank(size, ranks, engine, **options).total / GIB:.1f}")
         lines.append(f"| {engine} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -49,8 +49,11 @@ def test_a_thousand_parameters_on_four_processes(engine, expected, module):
 def test_an_adapter(module):
     found = module.bytes_per_rank(1100, 2, "zero2", trainable=100, reference="adapter")
     assert (found.weights, found.gradients, found.optimizer) == (2 * 100 + 2 * 1000, 100, 600)
-    quantized = module.bytes_per_rank(1100, 2, "ddp", trainable=100, reference="adapter", base_bytes=module.NF4)
+    nf4 = {"trainable": 100, "reference": "adapter", "base_bytes": module.NF4, "base_scales": module.NF4_SCALES}
+    quantized = module.bytes_per_rank(1100, 2, "ddp", **nf4)
     assert (quantized.weights, quantized.gradients, quantized.optimizer) == (400 + 562.5, 400, 800)
+    # Half of the weights, all of the scales
+    assert module.bytes_per_rank(1100, 2, "fsdp2", **nf4).weights == 200 + 250 + 62.5
 
 
 def test_unknown_names_are_refused(module):
@@ -83,22 +86,31 @@ def without_buckets(stage):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["fsdp2", "zero2"])
-def test_what_a_process_holds_is_what_the_formula_says(name, module, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_what_a_process_holds_is_what_the_formula_says(
+    name, precision, module, tmp_path, monkeypatch, capsys
+):
     if name.startswith("zero"):
         pytest.importorskip("deepspeed")
     model = tiny.save_text_model(tmp_path / "model", **memory_scenario.SIZES)
     configuration = without_buckets(engines.ENGINES[name].stage)
     monkeypatch.setattr(engines, "deepspeed_configuration", lambda stage: configuration)
     weighed = memory_scenario.parameters_of(model)
-    run = engines.run(engines.ENGINES[name], tmp_path, memory_scenario.__file__, model, str(tmp_path), "no")
-    expected = module.bytes_per_rank(weighed, RANKS, name, reference="cache", mixed_precision=False)
-    # accelerate has FSDP2 reduce and shard gradients after the last batch of a step only
-    whole_gradients = expected.gradients * (RANKS - 1) if name == "fsdp2" else 0.0
+    run = engines.run(engines.ENGINES[name], tmp_path, memory_scenario.__file__, model, str(tmp_path), precision)
+    expected = module.bytes_per_rank(weighed, RANKS, name, reference="cache", mixed_precision=precision == "bf16")
+    # accelerate has FSDP2 reduce and shard gradients after the last batch of a step only; until then they are as the
+    # layers computed them
+    width = module.BFLOAT16 if precision == "bf16" else module.FLOAT32
+    whole_gradients = width * weighed - expected.gradients if name == "fsdp2" else 0.0
     for rank in range(RANKS):
         file = tmp_path / f"rank{rank}.json"
         assert file.is_file(), run.stderr[-3000:]
         found = json.loads(file.read_text())
         assert found["parameters"] == pytest.approx(expected.weights, rel=0.02), rank
-        assert found["moments"] == pytest.approx(module.ADAM * weighed / RANKS, rel=0.02), rank
+        shares = 1 if name == "ddp" else RANKS
+        assert found["moments"] == pytest.approx(module.ADAM * weighed / shares, rel=0.02), rank
         assert found["all"] == pytest.approx(expected.total + whole_gradients, rel=0.05), (rank, found)
+        held, formula = found["all"] / weighed, (expected.total + whole_gradients) / weighed
+        with capsys.disabled():
+            sys.stdout.write(f"\n{name}, {precision}: {held:.2f} bytes for each parameter, by the formula {formula:.2f}\n")

@@ -1,8 +1,9 @@
-"""Adapters on quantised weights, trained and resumed; also by torchrun: `quantized.py MODEL OUTPUT NAME …`.
+"""Adapters on quantised weights, trained and resumed; also on an engine: `quantized.py MODEL OUTPUT NAME …`.
 
 Every process writes `OUTPUT/NAME-rank<r>.json` as soon as a run is over.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -12,7 +13,10 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 
+import engines
+import memory_scenario
 import tiny
 import torch
 from peft import LoraConfig
@@ -31,12 +35,20 @@ FORMATS = {
     },
     "int8": {"load_in_8bit": True},
 }
+# What FSDP2 can shard: accelerate keeps other 4-bit weights whole on each process
+FORMATS["nf4 in floats"] = {**FORMATS["nf4"], "bnb_4bit_quant_storage": "float32"}
 ADAPTER = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 STAGES = {
     "stage 1": (GentleNegativeSFTTrainer, GentleNegativeSFTConfig),
     "stage 2": (CWDPOTrainer, CWDPOConfig),
 }
-RUNS = tuple(f"{stage}, {form}" for stage in STAGES for form in FORMATS)
+RUNS = tuple(f"{stage}, {form}" for stage in STAGES for form in ("nf4", "int8"))
+ON_ENGINES = {
+    "ddp": RUNS,
+    "fsdp2": tuple(f"{stage}, {form}" for stage in STAGES for form in ("nf4", "nf4 in floats")),
+    "zero2": RUNS,
+    "zero3": RUNS,
+}
 TIMES = ("runtime", "per_second", "train_loss", "total_flos")
 
 
@@ -48,15 +60,17 @@ def build(name, model, output, **options):
     """The trainer of a run."""
     stage, form = name.split(", ")
     trainer_class, config_class = STAGES[stage]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    engine = engines.this_engine()
     options = {
-        "per_device_train_batch_size": GLOBAL_BATCH // world,
+        "per_device_train_batch_size": GLOBAL_BATCH // engine.processes,
         "max_steps": STEPS,
         "save_strategy": "steps",
         "save_steps": SAVED_AT,
         "learning_rate": 0.02,
+        **engine.options,
         **options,
     }
+    engines.forget_settings()
     torch.manual_seed(0)  # where an adapter starts
     return trainer_class(
         model,
@@ -68,23 +82,39 @@ def build(name, model, output, **options):
 
 
 def trained(trainer):
-    """The weights of the adapter."""
-    return {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    """The weights of the adapter, whole; all processes must call this."""
+    found = {}
+    for name, value in trainer.model.named_parameters():
+        if not value.requires_grad:
+            continue
+        with gathered(value):
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found[name] = whole.detach().clone()
+    return found
+
+
+def gathered(value):
+    """A parameter that ZeRO-3 has taken apart, put together."""
+    if not hasattr(value, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([value])
 
 
 def record(trainer):
     """What a run leaves behind."""
     weights = trained(trainer)
-    digest = hashlib.sha256(b"".join(value.detach().float().numpy().tobytes() for value in weights.values()))
-    frozen = {type(value).__name__ for value in trainer.model.parameters() if not value.requires_grad}
-    distributed = trainer.accelerator.num_processes > 1
+    digest = hashlib.sha256(b"".join(value.float().numpy().tobytes() for value in weights.values()))
+    identity = engines.identity(trainer)
+    frozen = [value for value in trainer.model.parameters() if not value.requires_grad]
     return {
-        "world_size": trainer.accelerator.num_processes,
-        "backend": torch.distributed.get_backend() if distributed else None,
-        "frozen": sorted(frozen),
+        "identity": identity,
+        "frozen_bytes": memory_scenario.size([memory_scenario.local(value) for value in frozen]),
+        "frozen": sorted({f"{engines.kind(value)} {type(value).__name__} {value.dtype}" for value in frozen}),
         "dtypes": sorted({str(value.dtype) for value in weights.values()}),
         "weights": digest.hexdigest(),
-        "norms": {name: float(value.detach().double().norm()) for name, value in weights.items()},
+        "norms": {name: float(value.double().norm()) for name, value in weights.items()},
         "log": [
             {key: value for key, value in entry.items() if not any(time in key for time in TIMES)}
             for entry in trainer.state.log_history
@@ -95,12 +125,13 @@ def record(trainer):
 def run(name, model, output):
     """Train to the end, and again from the middle."""
     whole = build(name, model, output)
-    start = {key: value.detach().clone() for key, value in trained(whole).items()}
+    start = trained(whole)
     whole.train()
     moved = any(not torch.equal(value, start[key]) for key, value in trained(whole).items())
+    result = record(whole)
     again = build(name, model, output)
     again.train(resume_from_checkpoint=str(Path(output, f"checkpoint-{SAVED_AT}")))
-    return {"moved": moved, "whole": record(whole), "resumed": record(again)}
+    return {"moved": moved, "whole": result, "resumed": record(again)}
 
 
 if __name__ == "__main__":

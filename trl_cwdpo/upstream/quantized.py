@@ -6,12 +6,16 @@
   depend on the batch. On CPU they do so in evaluation mode only.
 - On a CPU with AVX512-BF16, the first forward without gradients in evaluation mode packs 4-bit weights for inference.
   That rounds their scales, and the packed weights have no backward: whatever is trained below them stands still.
+- FSDP2 shards 4-bit weights that are stored as floats (`bnb_4bit_quant_storage`), and accelerate keeps others whole on
+  each process. int8 weights become plain parameters without the scales that bitsandbytes keeps with them.
 """
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 
 __all__ = ["keep_trainable", "kept_dtypes", "rounds_inputs"]
@@ -19,15 +23,21 @@ __all__ = ["keep_trainable", "kept_dtypes", "rounds_inputs"]
 
 def keep_trainable(*models: nn.Module | None) -> None:
     """
-    Keep bitsandbytes from packing 4-bit weights for inference on CPU. Other models stay as they are.
+    Keep bitsandbytes from packing 4-bit weights for inference on CPU, and refuse what cannot be trained. Other models
+    stay as they are.
 
     Args:
         *models (`nn.Module` or `None`):
             Models that are trained, or compared with one that is.
 
     Raises:
-        ValueError: If a model's weights are packed already.
+        ValueError: If a model's weights are packed already, or are 8-bit weights under FSDP.
     """
+    if any(map(rounds_inputs, models)) and PartialState().distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "`load_in_8bit=True` cannot be trained under FSDP, which takes 8-bit weights apart from their scales. Use "
+            "`load_in_4bit=True`, or DDP or DeepSpeed ZeRO."
+        )
     for module in (module for model in models if model is not None for module in model.modules()):
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
