@@ -133,7 +133,8 @@ UNREADABLE = st.one_of(
     st.just({"bytes": None, "path": "/"}),
     st.just({"bytes": None, "path": ""}),
     st.binary(min_size=1, max_size=30).map(lambda junk: {"bytes": junk, "path": None}),
-    st.integers(50, len(png()) - 13).map(lambda end: {"bytes": png()[:end], "path": "cut_off.png"}),
+    # Without its last bytes alone, which are no pixels, a picture can be read
+    st.integers(50, len(png()) - 26).map(lambda end: {"bytes": png()[:end], "path": "cut_off.png"}),
 )
 ODD_PICTURES = st.one_of(
     st.sampled_from(["1", "L", "LA", "P", "RGBA", "I;16", "F", "CMYK"]).map(png),
@@ -252,6 +253,7 @@ def bad_prompt_role(draw, rows, bad, kind):
     role = draw(st.sampled_from(["wizard", "", None, 3, "assistant"]))
     for index in bad:
         rows[index]["prompt"] = [message(role, "what is it")]
+    # TRL takes a prompt that ends with the assistant's message for the beginning of its response
     return ODD if role == "assistant" else REFUSED
 
 
