@@ -14,7 +14,6 @@ from trl_cwdpo.alerts import ProbeAlertCallback
 from trl_cwdpo.probe_flags import ADVICE, MEANINGS
 from trl_cwdpo.probe_measures import Interval
 from trl_cwdpo.probe_records import ProbeRecord
-from trl_cwdpo.report.tracks import read_runs
 from trl_cwdpo.signals import STOPPING, SignalThresholds
 
 
@@ -93,17 +92,6 @@ def test_one_of_the_user_takes_the_place_of_the_default(text_model, tmp_path, ca
     told = [message for message in caplog.messages if message.startswith("Probe flag: drift")]
     assert len(told) == 1
     assert "> 0.001. Raise `beta`" in told[0]
-
-
-def test_the_defaults_go_by_the_numbers_of_the_probes(text_model, tmp_path, caplog):
-    args = DPOConfig(**tiny.training_options(tmp_path, max_steps=2, learning_rate=0.05))
-    trainer = DPOTrainer(text_model, args=args, train_dataset=tiny.pairs())
-    numbers = SignalThresholds(total_variation=0.001, patience=3)
-    trainer.add_callback(DeltaLogpProbeCallback(trainer, tiny.pairs(6, seed=7), size=6, steps=2, thresholds=numbers))
-    trainer.train()
-    assert sum("> 0.001. Raise `beta`" in message for message in caplog.messages) == 1
-    # And so does the report
-    assert read_runs([tmp_path]).tracks[0].thresholds == numbers
 
 
 def test_a_run_of_trl_warns(text_model, tmp_path, caplog):

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_cwdpo import CWDPOConfig, CWDPOTrainer, GentleNegativeSFTConfig, GentleNegativeSFTTrainer
-from trl_cwdpo.faults import NonFiniteLossError
+from trl_cwdpo.faults import NonFiniteGradientError, NonFiniteLossError
 
 POISON = "snow"  # its embedding is made infinite, so only the pairs that hold it are bad
 STAGES = {
@@ -82,6 +82,42 @@ def test_a_pair_with_a_sampled_negative_is_named_by_its_prompt_and_chosen_respon
     assert "row 5 of the training dataset" in str(error.value)
     assert "not found" not in str(error.value)
     assert trainer.train_dataset[5]["rejected"][0]["content"] not in str(error.value)
+
+
+class BreakGradient(TrainerCallback):
+    """Makes the gradient of one step infinite or NaN, and leaves the loss alone."""
+
+    def __init__(self, step: int, value: float) -> None:
+        self.step, self.value, self.hook = step, value, None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            weight = model.lm_head.weight
+            self.hook = weight.register_hook(lambda gradient: torch.full_like(gradient, self.value))
+
+
+@pytest.mark.parametrize("stage", ["uncooled", "stage 1"])
+@pytest.mark.parametrize(("value", "max_grad_norm"), [(float("inf"), 1.0), (float("nan"), 0.0)])
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(text_model, tmp_path, stage, value, max_grad_norm):
+    trainer_class, config_class, options = STAGES[stage]
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_grad_norm": max_grad_norm}
+    args = config_class(**tiny.training_options(tmp_path, **saving), **options)
+    breaks = BreakGradient(2, value)
+    trainer = trainer_class(text_model, args=args, train_dataset=tiny.pairs(), callbacks=[breaks])
+    with pytest.raises(NonFiniteGradientError, match=f"training step 3 is not finite .its norm is {value}") as error:
+        trainer.train()
+    assert breaks.hook is not None
+    assert str(tmp_path / "checkpoint-2") in str(error.value)
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_float16_leaves_steps_out_whose_gradient_overflows(text_model, tmp_path):
+    args = CWDPOConfig(**tiny.training_options(tmp_path), cooling_mode="off")
+    trainer = CWDPOTrainer(text_model, args=args, train_dataset=tiny.pairs())
+    args.fp16 = True  # which CPUs refuse: here only for what is made of a norm
+    assert trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(float("inf"))) == float("inf")
 
 
 def test_no_checkpoint_yet(text_model, tmp_path):

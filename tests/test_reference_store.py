@@ -53,6 +53,14 @@ def test_what_is_written_is_read_back_bit_for_bit(store):
     assert np.isnan(store.load().lookup(keys_of(b"z"))).all()
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_no_reference(store, bad):
+    store.write_part("a", keys_of(b"x", b"y"), np.array([-1.0, bad], dtype=np.float32))
+    message = r"a\.safetensors is damaged: 1 of its 2 log-probabilities are not finite\. Delete this file"
+    with pytest.raises(ReferenceCacheError, match=message):
+        store.load()
+
+
 def test_a_killed_write_leaves_the_old_file(store, monkeypatch):
     store.write_part("a", keys_of(b"x"), np.array([-1.0], dtype=np.float32))
     monkeypatch.setattr(reference_store.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))

@@ -76,12 +76,11 @@ class DefaultProbeAlerts(ProbeAlertCallback):
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer that gets the callback.
-        thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
-            The numbers of the rules.
     """
 
-    def __init__(self, trainer: Any, thresholds: SignalThresholds = DEFAULTS) -> None:  # noqa: ANN401 (any trainer)
-        super().__init__(thresholds)
+    def __init__(self, trainer: Any) -> None:  # noqa: ANN401 (any transformers trainer)
+        # TRL's own configurations have none
+        super().__init__(getattr(trainer.args, "signal_thresholds", DEFAULTS))
         self.trainer = trainer
 
     def on_probe(

@@ -1,6 +1,7 @@
 """What can go wrong in a step: bad numbers, too little memory, a process that does not get on; and what to do then.
 
-A loss that is not finite stops a run on all processes before it reaches the weights.
+A loss that is not finite stops a run on all processes before it reaches the weights, and a gradient that is not finite
+before a checkpoint is saved with it.
 """
 
 import contextlib
@@ -9,19 +10,25 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import upstream
+from .checkpoints import last_checkpoint
 from .data import excerpt
 from .hangs import HungProcessError, ProgressBoard, timed_out, warn_of_restarts
 from .row_lookup import find_pair, find_sampled_pair
+from .upstream.gradients import SeesGradientNorms
 
+MEMORY_ADVICE = "Out of device memory"
 ROWS_SHOWN = 5
 REMEDIES_SHOWN = 3
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss of a training step is NaN or infinite. The weights have not been updated with it."""
+
+
+class NonFiniteGradientError(RuntimeError):
+    """The gradient of a training step is NaN or infinite, though its loss is not. No checkpoint holds this step."""
 
 
 def stop_if_not_finite(
@@ -55,18 +62,20 @@ def stop_if_not_finite(
         where = _describe_rows(trainer, inputs, row_logps)
     else:
         where = "The rows are in the message of that process."
-    checkpoint = get_last_checkpoint(trainer.args.output_dir) if trainer.args.output_dir else None
-    advice = (
-        f"The last good checkpoint is {checkpoint}; resume from it"
-        if checkpoint
-        else "There is no checkpoint yet; start again"
-    )
     raise NonFiniteLossError(
         f"The loss of training step {step} is {loss.item()} on process {trainer.accelerator.process_index} (not "
         f"finite on process {', '.join(map(str, ranks))} of {trainer.accelerator.num_processes}). {where} The weights "
-        f"were not updated with it. {advice} after removing these rows, or with a lower `learning_rate`, or in "
-        "float32 instead of half precision."
+        f"were not updated with it. {_where_to_start(trainer)} after removing these rows, or with a lower "
+        "`learning_rate`, or in float32 instead of half precision."
     )
+
+
+def _where_to_start(trainer: Any) -> str:  # noqa: ANN401 (either trainer)
+    folder = trainer.args.output_dir
+    checkpoint = last_checkpoint(folder, trainer.accelerator.num_processes) if folder else None
+    if checkpoint is None:
+        return "There is no checkpoint yet; start again"
+    return f"The last good checkpoint is {checkpoint}; resume from it"
 
 
 def _describe_rows(trainer: Any, inputs: dict[str, Any], row_logps: torch.Tensor | None) -> str:  # noqa: ANN401
@@ -113,12 +122,12 @@ def _find_row(trainer: Any, texts: dict[str, str], inputs: dict[str, Any], pair:
     return found
 
 
-class GuardedTraining:
+class GuardedTraining(SeesGradientNorms):
     """
     Mixin for a [`~transformers.Trainer`]: errors of a step that say what to do.
 
-    Raises `torch.OutOfMemoryError` with the cheapest remedies for this configuration, and [`HungProcessError`] naming
-    the process that the others have waited for.
+    Raises `torch.OutOfMemoryError` with the cheapest remedies for this configuration, [`NonFiniteGradientError`]
+    before a broken model is saved, and [`HungProcessError`] naming the process that the others have waited for.
     """
 
     args: Any
@@ -132,17 +141,29 @@ class GuardedTraining:
 
         Raises:
             HungProcessError: On several processes, if one of them did not get on within `ddp_timeout` seconds.
+            NonFiniteGradientError: If the gradient of a step is NaN or infinite, unless `fp16=True`.
+            torch.OutOfMemoryError: With what would help.
         """
         parent: Any = super()
+        try:
+            return self._watched(parent.train, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if MEMORY_ADVICE in str(error):
+                raise
+            # Between the steps: sampling of negatives, probes, calibration, a reference cache
+            place = f"outside of its steps, after training step {self.state.global_step}"
+            raise torch.OutOfMemoryError(f"{error}\n{memory_advice(self, place)}") from error
+
+    def _watched(self, train: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the parent's own)
         if not torch.distributed.is_initialized() or self.accelerator.num_processes == 1:
-            return parent.train(*args, **kwargs)
+            return train(*args, **kwargs)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if rank == 0:
             warn_of_restarts()
         self._board = ProgressBoard(rank, world, float(self.args.ddp_timeout))
         try:
             with self._board.watching():
-                return parent.train(*args, **kwargs)
+                return train(*args, **kwargs)
         except RuntimeError as error:
             if not timed_out(error):
                 raise
@@ -156,54 +177,88 @@ class GuardedTraining:
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the parent."""
         parent: Any = super()
-        self._note(f"training step {self.state.global_step + 1}")
+        place = f"training step {self.state.global_step + 1}"
+        self._note(place)
         try:
             loss = parent.training_step(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             if self.args.auto_find_batch_size:
                 raise
-            raise torch.OutOfMemoryError(f"{error}\n{memory_advice(self)}") from error
-        self._note(f"after a batch of training step {self.state.global_step + 1}")
+            raise torch.OutOfMemoryError(f"{error}\n{memory_advice(self, place)}") from error
+        self._note(f"after a batch of {place}")
         return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the parent's own)
         """As the parent."""
         parent: Any = super()
-        self._note(f"evaluation after step {self.state.global_step}")
-        return parent.prediction_step(*args, **kwargs)
+        place = f"evaluation after step {self.state.global_step}"
+        self._note(place)
+        try:
+            return parent.prediction_step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"{error}\n{memory_advice(self, place)}") from error
+
+    def on_bad_gradient(self, norm: float) -> None:
+        """Stop all processes, which have the same gradient, before weights made of it are saved."""
+        step = self.state.global_step + 1
+        raise NonFiniteGradientError(
+            f"The gradient of training step {step} is not finite (its norm is {norm}), though the loss is. No "
+            f"checkpoint was saved with it. {_where_to_start(self)} with a lower `learning_rate`, or in float32 "
+            "instead of half precision."
+        )
 
     def _note(self, what: str) -> None:
         if self._board is not None:
             self._board.note(what)
 
 
-def memory_advice(trainer: Any) -> str:  # noqa: ANN401 (either trainer)
+def memory_advice(trainer: Any, place: str) -> str:  # noqa: ANN401 (either trainer)
     """
     What to do about too little memory, the cheapest first.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer that ran out of it.
+        place (`str`):
+            What it was doing.
 
     Returns:
         `str`: A sentence with the three cheapest remedies that its configuration leaves.
     """
-    shown = _remedies(trainer)[:REMEDIES_SHOWN]
-    numbered = " ".join(f"({number}) {remedy}." for number, remedy in enumerate(shown, start=1))
-    return f"Out of device memory in training step {trainer.state.global_step + 1}. Cheapest first: {numbered}"
+    remedies = [remedy for applies, remedy in [*_first_remedies(trainer, place), *_remedies(trainer)] if applies]
+    numbered = " ".join(f"({number}) {remedy}." for number, remedy in enumerate(remedies[:REMEDIES_SHOWN], start=1))
+    return f"{MEMORY_ADVICE} in {place}. Cheapest first: {numbered}"
 
 
-def _remedies(trainer: Any) -> list[str]:  # noqa: ANN401 (either trainer)
-    """All that could help, cheapest first: what leaves the outcome as it is, then what changes it."""
-    args, batch = trainer.args, trainer.args.per_device_train_batch_size
+def _first_remedies(trainer: Any, place: str) -> list[tuple[bool, str]]:  # noqa: ANN401 (either trainer)
+    """What helps where memory ran out, and leaves the outcome as it is; and whether it can be done."""
+    args = trainer.args
+    batch, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
+    if place.startswith("training step"):
+        halves = f"`per_device_train_batch_size={batch // 2}` with `gradient_accumulation_steps="
+        return [
+            (
+                not args.gradient_checkpointing,
+                "`gradient_checkpointing=True`: about a third more time, the same outcome",
+            ),
+            (batch > 1, f"{halves}{args.gradient_accumulation_steps * 2}`: the same global batch in smaller pieces"),
+        ]
+    samples = getattr(args, "dataset_negative_fraction", 1.0) < 1.0 and not place.startswith("evaluation")
+    prompts = args.negative_generation_batch_size or batch * args.gradient_accumulation_steps if samples else 0
+    return [
+        (prompts > 1, f"`negative_generation_batch_size={prompts // 2}`: fewer prompts are sampled for at a time"),
+        (evaluation > 1, f"`per_device_eval_batch_size={evaluation // 2}`: also for probes"),
+    ]
+
+
+def _remedies(trainer: Any) -> list[tuple[bool, str]]:  # noqa: ANN401 (either trainer)
+    """All else that could help, cheapest first, and whether the configuration leaves it to be done."""
+    args = trainer.args
     adapter = upstream.is_peft_model(trainer.model)
     quantized = getattr(upstream.inner_model(trainer), "is_quantized", False)
     unsharded = trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     reference = getattr(trainer, "ref_model", None) is not None
-    halves = f"`per_device_train_batch_size={batch // 2}` with `gradient_accumulation_steps="
-    candidates = (
-        (not args.gradient_checkpointing, "`gradient_checkpointing=True`: about a third more time, the same outcome"),
-        (batch > 1, f"{halves}{args.gradient_accumulation_steps * 2}`: the same global batch in smaller pieces"),
+    return [
         (reference, "`reference_cache_dir=...`: no reference model stays in memory"),
         (not (args.bf16 or args.fp16), "`bf16=True`: half the memory for activations"),
         (
@@ -214,5 +269,4 @@ def _remedies(trainer: Any) -> list[str]:  # noqa: ANN401 (either trainer)
         (not adapter, "LoRA (`use_peft`): gradients and optimizer for the adapter only, and no reference model"),
         (adapter and not quantized, "`load_in_4bit=True`: the frozen weights take a quarter of their memory"),
         (True, "the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True, against fragmentation"),
-    )
-    return [remedy for applies, remedy in candidates if applies]
+    ]

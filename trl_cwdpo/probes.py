@@ -134,8 +134,8 @@ class DeltaLogpProbeCallback(TrainerCallback):
         batch_size (`int`, *optional*):
             Rows a forward pass; by default `per_device_eval_batch_size`.
         thresholds ([`~trl_cwdpo.signal_thresholds.SignalThresholds`], *optional*):
-            What counts as easy, saturated, displaced and as a spike of the gradient; alerts and report go by them,
-            too. [`ProbeEarlyStoppingCallback`] and [`CurriculumCallback`] have their own.
+            What counts as easy, saturated, displaced and as a spike of the gradient. Alerts, early stopping,
+            curriculum and report each judge by their own numbers.
 
     Example:
 
@@ -180,7 +180,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
         if not any(isinstance(callback, RunState) for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(RunState())
         if not any(isinstance(callback, ProbeAlertCallback) for callback in trainer.callback_handler.callbacks):
-            trainer.add_callback(DefaultProbeAlerts(trainer, thresholds))
+            trainer.add_callback(DefaultProbeAlerts(trainer))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -230,7 +230,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
     def _prepare_files(self, step: int) -> None:
         folder = Path(self.trainer.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        described = {**self.rows.to_dict(), "run": _described(self.trainer, self.thresholds)}
+        described = {**self.rows.to_dict(), "run": _described(self.trainer)}
         (folder / ROWS_FILE).write_text(json.dumps(described), encoding="utf-8")
         records = folder / RECORDS_FILE
         # A new run starts anew; what a resumed run had measured after its checkpoint will be measured again
@@ -312,8 +312,7 @@ class ConfiguredProbes(DeltaLogpProbeCallback):
             size=args.probe_dataset_size,
             steps=args.probe_steps,
             families=args.probe_families or FAMILIES,
-            # The policy's forward takes pairs. As many rows, with all families after one prompt, are a few times its
-            # tokens at most, and without gradients need no more memory
+            # The policy's forward takes pairs: without gradients, as many rows never need more memory
             batch_size=2 * args.per_device_train_batch_size,
             thresholds=args.signal_thresholds,
         )
@@ -424,13 +423,13 @@ def _held_out(trainer: Any, dataset: Any) -> Any:  # noqa: ANN401
     return dataset
 
 
-def _described(trainer: Any, thresholds: SignalThresholds) -> dict[str, Any]:  # noqa: ANN401
+def _described(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
     # For a report: which trainer, and its options
     options = trainer.args.to_dict()
     kinds = bool | int | float | str | list
-    plain: dict[str, Any] = {name: value for name, value in options.items() if isinstance(value, kinds)}
-    if thresholds.changed:
-        plain["probe_thresholds"] = thresholds.changed
+    plain = {
+        n: value for n, value in options.items() if isinstance(value, kinds) or (n == "probe_thresholds" and value)
+    }
     return {"trainer": type(trainer).__name__, "options": redacted(json.loads(json.dumps(plain, default=str)))}
 
 

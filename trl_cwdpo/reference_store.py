@@ -190,6 +190,9 @@ class ReferenceStore:
             raise self._damaged(path, f"it belongs to the subfolder {metadata.get('entry')!r}")
         if metadata.get("checksum") != _checksum(keys, logps):
             raise self._damaged(path, "its contents do not match its checksum")
+        bad = int((~np.isfinite(logps)).sum())
+        if bad:
+            raise self._damaged(path, f"{bad} of its {len(logps)} log-probabilities are not finite")
         return keys, logps
 
     def _damaged(self, path: Path, reason: str) -> ReferenceCacheError:

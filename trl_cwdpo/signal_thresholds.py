@@ -109,15 +109,6 @@ class SignalThresholds:
             raise ValueError(f"There is no threshold {unknown[0]!r}. The thresholds of the probes are {known}.")
         return cls(**numbers)
 
-    @property
-    def changed(self) -> dict[str, float]:
-        """The numbers that are not the defaults, by name."""
-        return {
-            entry.name: getattr(self, entry.name)
-            for entry in fields(self)
-            if getattr(self, entry.name) != entry.default
-        }
-
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)

@@ -107,7 +107,7 @@ def summary(runs: "Runs") -> str:
         verdict = judge(track)
         lines = [f"{track.name}, {STAGES[track.stage].lower()}: {verdict.title}. {verdict.advice}"]
         lines += [f"  {sentence}" for sentence in verdict.sentences]
-        lines += [f"  flag {flag.name}: {flag.reason}. {flag.advice}" for flag in verdict.flags if flag.is_raised]
+        lines += [f"  flag {flag.name}: {flag.reason}" for flag in verdict.flags if flag.is_raised]
         lines += [f"  {line}" for line in verdict.missing]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

@@ -70,10 +70,7 @@ class Track:
     @property
     def thresholds(self) -> SignalThresholds:
         """The numbers of the rules, those that the run has set among them."""
-        given = self.options.get("probe_thresholds")
-        known = SignalThresholds.__dataclass_fields__.keys()
-        # A later version may have more of them
-        return SignalThresholds(**{name: given[name] for name in known & given.keys()} if given else {})
+        return SignalThresholds.of(self.options.get("probe_thresholds") or {})
 
     def spikes(self) -> tuple[list[int], list[float]]:
         """Steps and gradient norms of those that stick out."""
