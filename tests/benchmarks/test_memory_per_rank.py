@@ -88,9 +88,7 @@ def without_buckets(stage):
 @pytest.mark.distributed
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_what_a_process_holds_is_what_the_formula_says(
-    name, precision, module, tmp_path, monkeypatch, capsys
-):
+def test_what_a_process_holds_is_what_the_formula_says(name, precision, module, tmp_path, monkeypatch, capsys):
     if name.startswith("zero"):
         pytest.importorskip("deepspeed")
     model = tiny.save_text_model(tmp_path / "model", **memory_scenario.SIZES)
@@ -113,4 +111,4 @@ def test_what_a_process_holds_is_what_the_formula_says(
         assert found["all"] == pytest.approx(expected.total + whole_gradients, rel=0.05), (rank, found)
         held, formula = found["all"] / weighed, (expected.total + whole_gradients) / weighed
         with capsys.disabled():
-            sys.stdout.write(f"\n{name}, {precision}: {held:.2f} bytes for each parameter, by the formula {formula:.2f}\n")
+            sys.stdout.write(f"\n{name}, {precision}: {held:.2f} bytes a parameter, by the formula {formula:.2f}\n")
