@@ -142,6 +142,14 @@ def test_remarks_say_something_known(page):
     assert all(block.remark.startswith("not run: ") for block in unknown)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_no_command_hides_in_a_block_without_a_language(page):
+    fences = r"^```\n(.*?)^```$|^```\w+\n.*?^```$"
+    plain = re.findall(fences, page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    commands = r"^(?:[A-Z_]+=\S+ )*(?:trl-cwdpo|python|pip|make|torchrun|accelerate|sbatch)\b"
+    assert [text for text in plain if re.search(commands, text, re.MULTILINE)] == []
+
+
 @pytest.mark.skipif(not (REPOSITORY / "docs").is_dir(), reason="no documentation beside the tests")
 @pytest.mark.parametrize(
     ("module", "name"),
