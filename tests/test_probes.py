@@ -1,5 +1,6 @@
 """`probes`: what is measured agrees with plain logits, and a run with probes is the run without them."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -30,6 +31,7 @@ from trl_cwdpo.probe_rows import choose_rows
 from trl_cwdpo.probe_summary import PairLoss
 from trl_cwdpo.probes import measure
 from trl_cwdpo.signal_thresholds import SignalThresholds
+from trl_cwdpo.signals import raised_flags
 
 TIMES = ("runtime", "per_second", "total_flos")
 TRAINERS = {
@@ -466,6 +468,18 @@ class TestConfigured:
         kinds = (ProbeAlertCallback, DeltaLogpProbeCallback)
         found = [each.thresholds for each in trainer.callback_handler.callbacks if isinstance(each, kinds)]
         assert found == [SignalThresholds(**numbers)] * 2
+
+    def test_easy_rows_do_not_say_that_the_pairs_to_train_on_are_cooled_out(self, text_model, tmp_path, caplog):
+        trainer = self.trainer("CW-DPO", text_model, tmp_path, held_out(), max_steps=1, probe_steps=1)
+        trained(trainer)
+        first = read_records(tmp_path)[0]
+        floor, temperature = trainer.cooling_floor, trainer.cooling_temperature
+        quantiles = np.array([*trainer.calibration.quantiles.values()])
+        assert first.trained_weight == pytest.approx((1 / (1 + np.exp((floor - quantiles) / temperature))).mean())
+        assert first.mean_weight == first.trained_weight
+        easy = dataclasses.replace(first, weight=0.01, row_weights=(0.01,) * first.num_rows)
+        assert raised_flags([easy]) == {}
+        assert "cooled_out" in raised_flags([dataclasses.replace(easy, trained_weight=None)])
 
     def test_of_a_stream_are_its_first_rows(self, text_model, tmp_path):
         stream = held_out(8).to_iterable_dataset()

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -260,7 +261,7 @@ class DeltaLogpProbeCallback(TrainerCallback):
             record,
             epoch=state.epoch,
             grad_spikes=self._spikes(state),
-            trained_weight=_logged_mean(state, "cooling/weight", self.previous),
+            trained_weight=_trained_weight(trainer, state, self.previous),
         )
         self.previous = record
         self.baseline = self.baseline or record
@@ -401,9 +402,18 @@ def _warn_off(trainer: Any, error: Exception) -> None:  # noqa: ANN401
         )
 
 
-def _logged_mean(state: TrainerState, name: str, previous: ProbeRecord | None) -> float | None:
-    if previous is None:
+def _trained_weight(trainer: Any, state: TrainerState, previous: ProbeRecord | None) -> float | None:  # noqa: ANN401
+    if previous is not None:
+        return _logged_mean(state, "cooling/weight", previous)
+    # Before the first step, of the sample that "auto" was solved on, which may be harder or easier than the rows
+    calibration = getattr(trainer, "calibration", None)
+    loss = None if calibration is None else pair_loss_of(trainer)
+    if calibration is None or loss is None:
         return None
+    return float(loss.weights(np.array([*calibration.quantiles.values()])).mean())
+
+
+def _logged_mean(state: TrainerState, name: str, previous: ProbeRecord) -> float | None:
     logged = [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
     # What is logged at the step of a probe comes after it, and is about the steps before: the second best
     values = [value for step, value in logged if step > previous.step]

@@ -235,6 +235,8 @@ def test_rounds(handover, text_model, text_data, tmp_path, in_this_process):
     models = json.loads((out / "evaluation.json").read_text())["models"]
     assert list(models) == ["start", *results]
     assert len({model["tv"] for model in models.values()}) == 4
+    # What only sampling takes is left to that step
+    assert "num_negative_generations" not in yaml.safe_load((out / "round1.yaml").read_text())
     assert "out, round 2" in (out / "report.html").read_text()
     stages = [json.loads(line)["stage"] for line in (out / "probes.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(stages)) == results

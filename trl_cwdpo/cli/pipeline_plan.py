@@ -19,6 +19,15 @@ CONFIG, SPLIT, EVALUATION, PROBES, REPORT, RECORD = (
 STAGE1, STAGE2, MERGED = "stage1", "stage2", "merged"
 # Folders of iterative rounds, `round1` and so on, and what a round's other steps are called after it
 ROUND, NEGATIVES, MERGE = "round", "-negatives", "merge-"
+# What a training that samples nothing warns of
+OF_SAMPLING = {
+    "num_negative_generations",
+    "negative_selection",
+    "on_policy_chosen",
+    "negative_reward_funcs",
+    "negative_reward_weights",
+    "use_vllm",
+}
 # Written after all steps, anew each time
 REPORT_STEP = "report"
 REPORT_NEEDS = ("jinja2", "matplotlib", "plotly")
@@ -191,9 +200,17 @@ def stage_options(recipe: Recipe, training: str, split: dict[str, Any]) -> dict[
         "seed": recipe["seed"],
         "resume_from_checkpoint": "auto",
         **recipe["launch"],
-        **{key: value for key, value in recipe[section].items() if key != ROUNDS},
+        **_own_options(recipe[section], training),
         "output_dir": str(layout / training),
     }
+
+
+def _own_options(section: dict[str, Any], training: str) -> dict[str, Any]:
+    options = {key: value for key, value in section.items() if key != ROUNDS}
+    if training.startswith(ROUND) and "dataset_negative_fraction" not in options:
+        # Sampling has come before the round
+        options = {key: value for key, value in options.items() if key not in OF_SAMPLING}
+    return options
 
 
 def _data_of(recipe: Recipe, training: str, split: dict[str, Any]) -> dict[str, Any]:
