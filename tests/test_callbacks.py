@@ -232,6 +232,10 @@ class TestResuming:
             ]
 
 
+# Nothing to calibrate: before the log has weights, those of the rows are all that is known
+BY_HAND = {"cooling_floor": -4.0, "cooling_temperature": 0.5}
+
+
 class TestRefreshing:
     @pytest.fixture
     def cold(self, monkeypatch):
@@ -243,7 +247,7 @@ class TestRefreshing:
         monkeypatch.setattr(probes_module, "measure", measure)
 
     def test_sampled_negatives_come_first(self, text_model, tmp_path, cold, caplog):
-        options = {"dataset_negative_fraction": 0.5, "negative_max_completion_length": 3}
+        options = {"dataset_negative_fraction": 0.5, "negative_max_completion_length": 3, **BY_HAND}
         trainer = cwdpo(text_model, tmp_path, max_steps=8, logging_steps=100, **options)
         callback = stopping(trainer)
         trainer.train()
@@ -254,13 +258,13 @@ class TestRefreshing:
         assert callback.stopped[0].startswith("cooled_out, 2 probes in a row; step 3: mean cooling weight 0.05 < 0.1")
 
     def test_there_are_none_to_sample(self, text_model, tmp_path, cold):
-        trainer = cwdpo(text_model, tmp_path, max_steps=8, logging_steps=100)
+        trainer = cwdpo(text_model, tmp_path, max_steps=8, logging_steps=100, **BY_HAND)
         stopping(trainer)
         trainer.train()
         assert trainer.state.global_step == 1
 
     def test_the_pairs_trained_on_say_whether_they_are_cold(self, text_model, tmp_path, cold):
-        trainer = cwdpo(text_model, tmp_path, max_steps=4)
+        trainer = cwdpo(text_model, tmp_path, max_steps=4, **BY_HAND)
         callback = stopping(trainer, thresholds=SignalThresholds(patience=3))
         trainer.train()
         # From the second probe on, the log has their weights, which are not cold
@@ -270,6 +274,15 @@ class TestRefreshing:
         logged = [entry["cooling/weight"] for entry in trainer.state.log_history if "cooling/weight" in entry]
         assert (first.trained_weight, first.mean_weight, second.trained_weight) == (None, 0.05, None)
         assert third.trained_weight == third.mean_weight == pytest.approx(logged[0])
+
+    def test_what_calibration_has_seen_says_so_until_the_log_does(self, text_model, tmp_path, cold):
+        trainer = cwdpo(text_model, tmp_path, max_steps=3, logging_steps=100)
+        callback = stopping(trainer)
+        trainer.train()
+        assert (trainer.state.global_step, callback.stopped) == (3, ())
+        first, *others = read_records(tmp_path)
+        assert 0.5 < first.trained_weight < 0.9
+        assert {record.mean_weight for record in others} == {first.trained_weight}
 
 
 class TestConfigured:

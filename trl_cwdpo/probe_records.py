@@ -109,8 +109,8 @@ class ProbeRecord:
         weight (`float`, *optional*):
             Mean cooling weight w of the rows.
         trained_weight (`float`, *optional*):
-            Mean cooling weight of the pairs trained on since the probe before, as logged; in the first probe, that of
-            the sample that `"auto"` was solved on, from its quantiles.
+            Mean cooling weight of the pairs trained on since the probe before, as logged; where nothing was, that of
+            the probe before; in the first probe, that of the sample that `"auto"` was solved on, from its quantiles.
         easy_fraction (`float`, *optional*):
             Share of pairs with w < 0.1, or below another `easy_weight` of the run.
         accuracy (`float`, *optional*):

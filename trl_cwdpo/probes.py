@@ -404,7 +404,8 @@ def _warn_off(trainer: Any, error: Exception) -> None:  # noqa: ANN401
 
 def _trained_weight(trainer: Any, state: TrainerState, previous: ProbeRecord | None) -> float | None:  # noqa: ANN401
     if previous is not None:
-        return _logged_mean(state, "cooling/weight", previous)
+        logged = _logged_mean(state, "cooling/weight", previous)
+        return previous.trained_weight if logged is None else logged
     # Before the first step, of the sample that "auto" was solved on, which may be harder or easier than the rows
     calibration = getattr(trainer, "calibration", None)
     loss = None if calibration is None else pair_loss_of(trainer)
