@@ -113,13 +113,6 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(text_model, tmp_pat
     assert not (tmp_path / "checkpoint-3").exists()
 
 
-def test_float16_leaves_steps_out_whose_gradient_overflows(text_model, tmp_path):
-    args = CWDPOConfig(**tiny.training_options(tmp_path), cooling_mode="off")
-    trainer = CWDPOTrainer(text_model, args=args, train_dataset=tiny.pairs())
-    args.fp16 = True  # which CPUs refuse: here only for what is made of a norm
-    assert trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(float("inf"))) == float("inf")
-
-
 def test_no_checkpoint_yet(text_model, tmp_path):
     args = CWDPOConfig(**tiny.training_options(tmp_path / "none"), cooling_mode="off")
     trainer = CWDPOTrainer(text_model, args=args, train_dataset=tiny.pairs())
