@@ -316,7 +316,7 @@ def test_smoothing_keeps_negatives_from_vanishing(text_model, tmp_path):
         "rejected": [{"role": "assistant", "content": "green"}],
     }
     data = tiny.Dataset.from_list([row] * 4)
-    options = {"max_steps": 150, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "logging_steps": 10}
+    options = {"max_steps": 60, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "logging_steps": 10}
     smoothed = run(text_model, tmp_path / "a", data, negative_label_smoothing=0.0, **options)
     plain = run(text_model, tmp_path / "b", data, negative_weight=1e-9, **options)
 

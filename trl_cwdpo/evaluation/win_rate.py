@@ -161,9 +161,9 @@ def summarise(
         raise ValueError("There is no outcome to summarise; pass at least one.")
     runs, prompts = table.shape
     rng = np.random.default_rng(seed)
-    picked_runs = rng.integers(0, runs, size=(samples, runs))
-    picked_prompts = rng.integers(0, prompts, size=(samples, prompts))
-    means = np.array([table[np.ix_(r, p)].mean() for r, p in zip(picked_runs, picked_prompts, strict=True)])
+    picked_runs = _times_picked(rng.integers(0, runs, size=(samples, runs)))
+    picked_prompts = _times_picked(rng.integers(0, prompts, size=(samples, prompts)))
+    means = ((picked_runs @ table) * picked_prompts).sum(axis=1) / table.size
     low, high = np.quantile(means, [0.025, 0.975])
     return WinRate(
         win_rate=Interval(float(table.mean()), float(low), float(high)),
@@ -173,6 +173,13 @@ def summarise(
         inconsistent=inconsistent,
         comparisons=table.size,
     )
+
+
+def _times_picked(picked: np.ndarray) -> np.ndarray:
+    """How often each of n things is among n picks, for each row of picks."""
+    rows, count = picked.shape
+    places = picked + count * np.arange(rows)[:, None]
+    return np.bincount(places.ravel(), minlength=picked.size).reshape(rows, count)
 
 
 def score_judge(score: Callable[[Sequence[Comparison]], Sequence[float]]) -> Judge:
