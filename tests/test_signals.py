@@ -1,11 +1,14 @@
 """`signals`: every rule fires where it should, not where it shouldn't, and says so with its numbers."""
 
+import ast
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from trl_cwdpo import signals
 from trl_cwdpo.probe_measures import Interval
 from trl_cwdpo.probe_records import FamilyMeasure, ProbeRecord
 from trl_cwdpo.signals import (
@@ -370,6 +373,15 @@ class TestSharesOfPairs:
         assert (again.saturated_fraction, again.easy_fraction) == (0.75, 0.5)
         assert settled(probe).saturated_fraction == 0.5
         assert settled(record(3)).easy_fraction is None
+
+
+def test_no_rule_has_a_number_of_its_own():
+    tree = ast.parse(Path(signals.__file__).read_text(encoding="utf-8"))
+    numbers = {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) in (int, float)
+    }
+    # Signs and places; the digits that a share is rounded to; what makes a deviation of a normal sample
+    assert numbers == {0, 1, 2, 10, signals.MAD_TO_STD}
 
 
 def test_thresholds_by_name():
