@@ -179,11 +179,12 @@ class Cluster:
 def run_until(process, pattern, action):
     """Read what a script prints, act at the first line that matches, and wait for its end."""
     output, done = "", False
-    for line in process.stdout:
-        output += line
-        if not done and pattern is not None and re.match(pattern, line):
-            action()
-            done = True
+    with process.stdout as lines:
+        for line in lines:
+            output += line
+            if not done and pattern is not None and re.match(pattern, line):
+                action()
+                done = True
     return process.wait(timeout=60), output
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from trl import ModelConfig
 
 from trl_cwdpo import CWDPOConfig, CWDPOTrainer, GentleNegativeSFTConfig, GentleNegativeSFTTrainer
-from trl_cwdpo.faults import _first_remedies, _remedies
+from trl_cwdpo.faults import OPTIMIZER, _first_remedies, _remedies
 
 LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
 STAGES = {1: (GentleNegativeSFTTrainer, GentleNegativeSFTConfig), 2: (CWDPOTrainer, CWDPOConfig)}
@@ -87,17 +87,27 @@ def test_sampling_of_negatives(text_model, tmp_path):
     trainer = trainer_of(text_model, tmp_path, per_device_train_batch_size=2, **sampled)
     trainer._negatives.next_window = no_memory
     message = message_of(trainer, trainer.train)
-    assert "outside of its steps, after training step 0" in message
+    assert "memory in what comes between steps (calibration, probes, sampling), after step 0. Cheapest" in message
     assert "(1) `negative_generation_batch_size=2`" in message
     assert "(2) `per_device_eval_batch_size=4`: also for probes" in message
+
+
+def test_moments(text_model, tmp_path, monkeypatch):
+    """The first step of the optimizer is where many a run ends that could hold its activations."""
+    trainer = trainer_of(text_model, tmp_path)
+    monkeypatch.setattr(torch.optim.Adam, "_init_group", no_memory)
+    message = message_of(trainer, trainer.train)
+    assert "in the optimizer of training step 1. Cheapest first: (1) `reference_cache_dir=...`" in message
+    assert "(2) `optim=paged_adamw_8bit`" in message
+    assert "(3) LoRA" in message
 
 
 def test_every_remedy_is_an_option(text_model, tmp_path):
     """What is advised can be given."""
     trainer = trainer_of(text_model, tmp_path, dataset_negative_fraction=0.5)
     fields = {field.name for kind in (CWDPOConfig, ModelConfig) for field in dataclasses.fields(kind)}
-    for place in ("training step 1", "evaluation after step 1", "the rest"):
-        remedies = [*_first_remedies(trainer, place), *_remedies(trainer)]
+    for place in ("training step 1", "evaluation after step 1", f"{OPTIMIZER} of training step 1", "the rest"):
+        remedies = [*_first_remedies(trainer, place), *_remedies(trainer, place)]
         named = [option for _, text in remedies for option in re.findall(r"`(\w+)(?:=[^`]*)?`", text)]
-        assert len(named) > 5
+        assert len(named) > 3
         assert set(named) - {"zero3", "fsdp2"} <= fields

@@ -5,6 +5,8 @@ before a checkpoint is saved with it.
 """
 
 import contextlib
+import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from .row_lookup import find_pair, find_sampled_pair
 from .upstream.gradients import SeesGradientNorms
 
 MEMORY_ADVICE = "Out of device memory"
+# Where moments are kept from the first step on: after the batches of a step
+OPTIMIZER, OPTIMIZERS = "the optimizer", "torch/optim/*.py"
 ROWS_SHOWN = 5
 REMEDIES_SHOWN = 3
 
@@ -150,8 +154,10 @@ class GuardedTraining(SeesGradientNorms):
         except torch.OutOfMemoryError as error:
             if MEMORY_ADVICE in str(error):
                 raise
-            # Between the steps: sampling of negatives, probes, calibration, a reference cache
-            place = f"outside of its steps, after training step {self.state.global_step}"
+            step = self.state.global_step
+            place = f"what comes between steps (calibration, probes, sampling), after step {step}"
+            if any(Path(frame.filename).match(OPTIMIZERS) for frame in traceback.extract_tb(error.__traceback__)):
+                place = f"{OPTIMIZER} of training step {step + 1}"
             raise torch.OutOfMemoryError(f"{error}\n{memory_advice(self, place)}") from error
 
     def _watched(self, train: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the parent's own)
@@ -225,7 +231,9 @@ def memory_advice(trainer: Any, place: str) -> str:  # noqa: ANN401 (either trai
     Returns:
         `str`: A sentence with the three cheapest remedies that its configuration leaves.
     """
-    remedies = [remedy for applies, remedy in [*_first_remedies(trainer, place), *_remedies(trainer)] if applies]
+    remedies = [
+        remedy for applies, remedy in [*_first_remedies(trainer, place), *_remedies(trainer, place)] if applies
+    ]
     numbered = " ".join(f"({number}) {remedy}." for number, remedy in enumerate(remedies[:REMEDIES_SHOWN], start=1))
     return f"{MEMORY_ADVICE} in {place}. Cheapest first: {numbered}"
 
@@ -243,6 +251,8 @@ def _first_remedies(trainer: Any, place: str) -> list[tuple[bool, str]]:  # noqa
             ),
             (batch > 1, f"{halves}{args.gradient_accumulation_steps * 2}`: the same global batch in smaller pieces"),
         ]
+    if place.startswith(OPTIMIZER):
+        return []
     samples = getattr(args, "dataset_negative_fraction", 1.0) < 1.0 and not place.startswith("evaluation")
     prompts = args.negative_generation_batch_size or batch * args.gradient_accumulation_steps if samples else 0
     return [
@@ -251,21 +261,23 @@ def _first_remedies(trainer: Any, place: str) -> list[tuple[bool, str]]:  # noqa
     ]
 
 
-def _remedies(trainer: Any) -> list[tuple[bool, str]]:  # noqa: ANN401 (either trainer)
+def _remedies(trainer: Any, place: str) -> list[tuple[bool, str]]:  # noqa: ANN401 (either trainer)
     """All else that could help, cheapest first, and whether the configuration leaves it to be done."""
     args = trainer.args
     adapter = upstream.is_peft_model(trainer.model)
     quantized = getattr(upstream.inner_model(trainer), "is_quantized", False)
     unsharded = trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     reference = getattr(trainer, "ref_model", None) is not None
+    moments = place.startswith(OPTIMIZER)  # no activations are there any more
     return [
         (reference, "`reference_cache_dir=...`: no reference model stays in memory"),
-        (not (args.bf16 or args.fp16), "`bf16=True`: half the memory for activations"),
+        (not (moments or args.bf16 or args.fp16), "`bf16=True`: half the memory for activations"),
         (
             unsharded and trainer.accelerator.num_processes > 1,
             "`--accelerate_config zero2` (or `zero3`, `fsdp2`): share optimizer, gradients and weights",
         ),
-        (True, f"a smaller `max_length` (now {args.max_length}), or smaller pictures in the processor"),
+        (moments and unsharded, "`optim=paged_adamw_8bit`: moments in 8 bits, by bitsandbytes"),
+        (not moments, f"a smaller `max_length` (now {args.max_length}), or smaller pictures in the processor"),
         (not adapter, "LoRA (`use_peft`): gradients and optimizer for the adapter only, and no reference model"),
         (adapter and not quantized, "`load_in_4bit=True`: the frozen weights take a quarter of their memory"),
         (True, "the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True, against fragmentation"),
