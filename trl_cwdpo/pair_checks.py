@@ -11,8 +11,7 @@ SIDES = ("chosen", "rejected")
 PARTS = ("text", "image")
 # A mistyped role would be rendered by most chat templates, and trained on. Those after which a response may follow
 # (with what some templates call the output of a tool)
-PROMPT_ENDS = ("user", "assistant", "tool", "system", "developer")
-PROMPT_ENDS += ("function", "ipython", "observation", "environment")
+PROMPT_ENDS = ("user", "assistant", "tool", "system", "developer", "function", "ipython", "observation", "environment")
 Pair = Mapping[str, Any]
 
 
