@@ -57,6 +57,8 @@ def several(models, tmp_path_factory):
     found = {}
 
     def results(engine):
+        if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("DeepSpeed is not installed")
         if engine not in found:
             found[engine] = train_on(engines.ENGINES[engine], parity.RUNS, models, tmp_path_factory.mktemp(engine))
         return found[engine]
@@ -100,8 +102,6 @@ def test_fsdp2_samples_responses_that_end_apart(short):
 @pytest.mark.parametrize("name", parity.RUNS)
 @pytest.mark.parametrize("engine", SHARDED)
 def test_engine_equals_one_process(one, several, engine, name):
-    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
     ours = several(engine)[name]
     for result in ours:
         reference = "adapter" not in name and name.startswith(("cooled", "sampled", "DPO", "off"))
@@ -115,8 +115,6 @@ def test_engine_equals_one_process(one, several, engine, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
 def test_switched_off_equals_dpo_trainer_on_every_engine(several, engine):
-    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
     for ours, theirs in zip(several(engine)["off"], several(engine)["DPOTrainer"], strict=True):
         assert ours["weights"] == theirs["weights"]
         for entry, expected in zip(ours["log"], theirs["log"], strict=True):
@@ -126,8 +124,6 @@ def test_switched_off_equals_dpo_trainer_on_every_engine(several, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
 def test_training_is_the_same_without_probes_on_every_engine(several, engine):
-    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
     for ours, plain in zip(several(engine)["cooled"], several(engine)["cooled, without probes"], strict=True):
         assert [entry["step"] for entry in ours["log"] if "probe/ece" in entry] == [0, 2, 3]
         assert [entry for entry in ours["log"] if "probe/ece" not in entry] == plain["log"]
