@@ -78,7 +78,7 @@ class ProbeOptions:
         metadata={
             "help": "Numbers of the rules that read the probes where they are to differ from the defaults, as a "
             'dictionary or JSON, such as \'{"total_variation": 0.4, "patience": 3}\'. The names are those of '
-            "`trl_cwdpo.signals.SignalThresholds`. Alerts, early stopping and the report go by them."
+            "`trl_cwdpo.signal_thresholds.SignalThresholds`. Alerts, early stopping and the report go by them."
         },
     )
 
