@@ -151,7 +151,7 @@ def test_the_trainer_refuses_what_it_cannot_do(text_model, moe_model, tmp_path):
         train(PairLossTrainer, moe_model, tmp_path, options=OPTIONS, pair_loss=dpo)
 
 
-def test_rpo_and_mpo_are_the_sums_they_claim(text_model, tmp_path):
+def test_sums_with_the_nll_are_the_sums_they_claim(text_model, tmp_path):
     """From the reference itself: DPO's loss is ln 2, BCO's 2·ln 2, and what is left is the NLL of the chosen."""
 
     def first_loss(name):
@@ -166,6 +166,7 @@ def test_rpo_and_mpo_are_the_sums_they_claim(text_model, tmp_path):
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
     assert rpo == pytest.approx(LN2 + nll, rel=1e-5)
     assert first_loss("mpo")[2] == pytest.approx(0.8 * LN2 + 0.2 * 2 * LN2 + nll, rel=1e-5)
+    assert first_loss("sft-sampled")[2] == pytest.approx(nll, rel=1e-5)
 
 
 def test_every_method_is_described_and_has_valid_options(tmp_path):

@@ -23,17 +23,15 @@ class Method:
             Options of its configuration.
         pair_loss (`str`, *optional*):
             Name of the function in `baselines`.
+        uses_beta (`bool`, *optional*, defaults to `True`):
+            Whether β changes anything.
     """
 
     kind: Literal["sft", "preference", "pair_loss"]
     summary: str
     options: dict[str, Any] = field(default_factory=dict)
     pair_loss: str | None = None
-
-    @property
-    def uses_beta(self) -> bool:
-        """Whether β changes anything."""
-        return self.kind != SFT
+    uses_beta: bool = True
 
 
 def _preference(summary: str, **options: Any) -> Method:
@@ -46,7 +44,13 @@ def _pair_loss(summary: str, function: str) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    "sft": Method(SFT, "SFT on the chosen responses of stage 2, without rejected ones"),
+    "sft": Method(SFT, "SFT on the chosen responses of stage 2, without rejected ones", uses_beta=False),
+    "sft-sampled": Method(
+        PREFERENCE,
+        "SFT on the chosen responses that the pairs' methods see: the best of the samples where they are sampled",
+        {"cooling_mode": "off", "loss_type": ["sft"]},
+        uses_beta=False,
+    ),
     "dpo": _preference("DPO", cooling_mode="off"),
     "cwdpo": _preference("CW-DPO, the package's defaults"),
     "cwdpo-paper": _preference("CW-DPO, preset `paper`", cooling_preset="paper"),
