@@ -49,8 +49,16 @@ def test_tail_preset_by_hand():
     assert found.preset == "tail"
 
 
-def test_tail_is_the_default_preset():
-    assert calibrate(SAMPLE, LENGTHS) == calibrate(SAMPLE, LENGTHS, preset="tail")
+def test_head_preset_by_hand():
+    # Median −1.5, ninth decile −0.7; logit ¾ − logit ¼ = ln 9, and the floor lies halfway
+    found = calibrate(SAMPLE, LENGTHS, preset="head")
+    assert found.floor == pytest.approx(-1.1)
+    assert found.temperature == pytest.approx(0.8 / math.log(9.0))
+    assert found.preset == "head"
+
+
+def test_head_is_the_default_preset():
+    assert calibrate(SAMPLE, LENGTHS) == calibrate(SAMPLE, LENGTHS, preset="head")
 
 
 def test_paper_preset_by_hand():
@@ -125,14 +133,14 @@ def test_a_clamped_temperature_leaves_the_floor_where_the_solution_put_it(factor
 
 def test_beta_caps_the_temperature_at_four_fifths_over_beta_times_the_median_length():
     # β = 0.1, median length 20: 0.8/2 = 0.4 < τ = 0.455
-    found = calibrate(SAMPLE, [20.0, 1.0, 20.0, 500.0, 20.0], beta=0.1)
+    found = calibrate(SAMPLE, [20.0, 1.0, 20.0, 500.0, 20.0], preset="tail", beta=0.1)
     assert found.temperature == pytest.approx(0.4)
     assert found.floor == pytest.approx(-2.0)
     assert found.warnings == ()
 
 
 def test_beta_does_not_raise_a_temperature_that_is_low_enough():
-    assert calibrate(SAMPLE, LENGTHS, beta=0.1).temperature == pytest.approx(TAU)
+    assert calibrate(SAMPLE, LENGTHS, preset="tail", beta=0.1).temperature == pytest.approx(TAU)
 
 
 def test_beta_does_not_lift_the_upper_bound_of_one():
@@ -140,7 +148,7 @@ def test_beta_does_not_lift_the_upper_bound_of_one():
 
 
 def test_lengths_do_not_matter_without_beta():
-    found = calibrate(SAMPLE, [5000.0] * 5)
+    found = calibrate(SAMPLE, [5000.0] * 5, preset="tail")
     assert found.temperature == pytest.approx(TAU)
     assert found.warnings == ()
 
@@ -260,7 +268,7 @@ def test_values_that_are_not_finite_are_counted_in_an_error_with_a_way_out(bad):
 
 
 def test_an_unknown_preset_is_an_error_that_lists_the_presets():
-    with pytest.raises(ValueError, match=r"`preset` must be one of \['paper', 'tail'\], got 'median'"):
+    with pytest.raises(ValueError, match=r"`preset` must be one of \['head', 'paper', 'tail'\], got 'median'"):
         calibrate(SAMPLE, LENGTHS, preset="median")
 
 

@@ -81,7 +81,7 @@ def test_defaults_of_cwdpo_are_those_of_the_method():
         "cooling_mode": "loss",
         "cooling_floor": "auto",
         "cooling_temperature": "auto",
-        "cooling_preset": "tail",
+        "cooling_preset": "head",
         "cooling_calibration_size": 256,
         "cooling_constant": 0.5,
         "cooling_stop_gradient": True,
@@ -148,7 +148,7 @@ def test_choices_of_the_command_line_are_those_that_validation_accepts(config, p
     ("options", "parts"),
     [
         ({"cooling_mode": "gated"}, ["`cooling_mode`", "'loss', 'gate', 'constant', 'off'", "'gated'"]),
-        ({"cooling_preset": "median"}, ["`cooling_preset`", "'tail', 'paper'", "'median'"]),
+        ({"cooling_preset": "median"}, ["`cooling_preset`", "'head', 'tail', 'paper'", "'median'"]),
         ({"cooling_floor": "low"}, ["`cooling_floor`", "finite number or 'auto'", "'low'"]),
         ({"cooling_floor": math.nan}, ["`cooling_floor`", "finite number or 'auto'", "nan"]),
         ({"cooling_floor": None}, ["`cooling_floor`", "finite number or 'auto'", "None"]),

@@ -186,7 +186,7 @@ def test_extremes_are_those_of_all_steps_between_two_logs(text_model, tmp_path):
     assert pooled.state.log_history[0]["cooling/weight_max"] == max(maxima)
 
 
-@pytest.mark.parametrize("preset", ["tail", "paper"])
+@pytest.mark.parametrize("preset", ["head", "tail", "paper"])
 @pytest.mark.parametrize("mode", ["loss", "gate"])
 def test_calibration_is_that_of_the_initial_policy(text_model, tmp_path, preset, mode):
     trainer = trainer_for(text_model, tmp_path, cooling_preset=preset, cooling_mode=mode)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from .calibration import PRESETS, number_or_auto
+from .calibration import DEFAULT_PRESET, PRESETS, number_or_auto
 from .negative_options import NegativeOptions, refuse_stored_references
 from .options import bool_or_auto, check_types
 from .probe_options import ProbeOptions
@@ -54,9 +54,10 @@ class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
             solves it from a sample of rejected responses before the first update.
         cooling_temperature (`float` or `str`, *optional*, defaults to `"auto"`):
             Temperature of the weight, in nats per token. `"auto"` solves it from the same sample.
-        cooling_preset (`str`, *optional*, defaults to `"tail"`):
-            Which weights `"auto"` aims at. `"tail"`: ½ at the first quartile of the sample and 0.9 at the third, so
-            that typical negatives stay active. `"paper"`: ¼ and ¾, which puts the floor near the median.
+        cooling_preset (`str`, *optional*, defaults to `"head"`):
+            Which weights `"auto"` aims at. `"head"`: ¼ at the median of the sample and ¾ at its ninth decile, so that
+            the hardest third stays active. `"paper"`: ¼ at the first quartile and ¾ at the third, which puts the floor
+            near the median. `"tail"`: ½ and 0.9 there, so that only easy ones cool.
         cooling_calibration_size (`int`, *optional*, defaults to `256`):
             Number of rejected responses that `"auto"` measures, over all processes.
         cooling_constant (`float`, *optional*, defaults to `0.5`):
@@ -101,10 +102,10 @@ class CWDPOConfig(NegativeOptions, ProbeOptions, DPOConfig):
         },
     )
     cooling_preset: str = field(
-        default="tail",
+        default=DEFAULT_PRESET,
         metadata={
-            "help": "Which weights 'auto' aims at. 'tail': 1/2 at the first quartile of the sample and 0.9 at the "
-            "third. 'paper': 1/4 and 3/4, which puts the floor near the median.",
+            "help": "Which weights 'auto' aims at. 'head': 1/4 at the median of the sample and 3/4 at its ninth "
+            "decile. 'paper': 1/4 at the first quartile and 3/4 at the third. 'tail': 1/2 and 0.9 there.",
             "choices": list(COOLING_PRESETS),
         },
     )

@@ -171,7 +171,6 @@ def _split(
     if pair_loss is not None and pair_loss.grades:
         is_hard = pair_loss.weights(avg_logps) >= thresholds.hard_weight
     else:
-        # As with the preset "tail", by default
         is_hard = avg_logps >= np.quantile(avg_logps, thresholds.easy_quantile)
     return [p for p, h in zip(positions, is_hard, strict=True) if h], [
         p for p, h in zip(positions, is_hard, strict=True) if not h

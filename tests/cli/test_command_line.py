@@ -81,8 +81,8 @@ class TestHelp:
     def test_shows_help_default_and_choices_of_ours(self, capsys):
         main(["cwdpo", "-h"])
         output = " ".join(capsys.readouterr().out.split())
-        assert "--cooling_preset {tail,paper} Which weights 'auto' aims at." in output
-        assert "(default: tail)" in output
+        assert "--cooling_preset {head,tail,paper} Which weights 'auto' aims at." in output
+        assert "(default: head)" in output
         assert "--no_cooling_stop_gradient turns it off" in output
         assert "~20% slower" in output
 
