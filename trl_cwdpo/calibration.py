@@ -205,9 +205,9 @@ def calibrate(
         lengths (`Sequence[float]` or `np.ndarray` of shape `(n,)`):
             Their lengths in tokens.
         preset (`str`, *optional*, defaults to `"head"`):
-            `"head"`: (q50 → 0.25), (q90 → 0.75), so that the hardest third stays active and the rest cools; `"tail"`:
-            (q25 → 0.5), (q75 → 0.9), so that typical negatives stay active and the tail cools; `"paper"`: (q25 → 0.25),
-            (q75 → 0.75).
+            `"head"`: (q50 → 0.25), (q90 → 0.75), so that the hardest third stays active and the rest cools;
+            `"tail"`: (q25 → 0.5), (q75 → 0.9), so that typical negatives stay active and the tail cools;
+            `"paper"`: (q25 → 0.25), (q75 → 0.75).
         beta (`float`, *optional*):
             β of the loss, given in `"loss"` mode only.
 
