@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from trl_cwdpo.endpoints import Budget, CostCapError, Pace, content_of
+from trl_cwdpo.endpoints import Budget, CostCapError, EndpointError, Pace, ask, content_of
 
 CALL = SimpleNamespace(prompt_tokens=100, completion_tokens=50)
 PRICES = (1.0, 4.0)  # a call costs 300 millionths
@@ -38,7 +38,8 @@ def test_a_budget_leaves_room_for_calls_on_their_way():
     budget.reserve()
     # Two are on their way: a fourth could make it 0.0012
     with pytest.raises(
-        CostCapError, match=r"0\.0003 has been spent, and the next calls could exceed `max_cost`=0\.001"
+        CostCapError,
+        match=r"0\.0003 has been spent, 2 calls are on their way, and the next calls could exceed `max_cost`=0\.001",
     ):
         budget.reserve()
     budget.cancel()
@@ -93,3 +94,56 @@ def test_pictures_stand_before_the_text():
     picture, text = content_of("what?", [Image.new("RGBA", (2, 2))])
     assert picture["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert text == {"type": "text", "text": "what?"}
+
+
+def client_that_replies(reply):
+    def create(**request):
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+
+
+def reply_with(*texts, usage=CALL):
+    return SimpleNamespace(
+        choices=[SimpleNamespace(message=SimpleNamespace(content=text)) for text in texts], usage=usage
+    )
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ("<html>log in</html>", "no chat completion but '<html>log in</html>'"),
+        (reply_with(), "no chat completion"),
+        (SimpleNamespace(choices=None), "no chat completion"),
+        (ValueError("Expecting value"), "retries included: ValueError: Expecting value"),
+    ],
+)
+def test_what_is_no_answer_lets_the_next_call_try(reply, message):
+    budget = Budget(1.0, PRICES)
+    with pytest.raises(EndpointError, match=message):
+        ask(client_that_replies(reply), budget, {})
+    # With a cap, calls wait for the first one, which must be over
+    waiting = threading.Thread(target=budget.reserve, daemon=True)
+    waiting.start()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+
+
+def test_an_answer_is_kept_before_its_cost_turns_out_unknown():
+    kept = []
+    with pytest.raises(CostCapError, match="does not say how many tokens"):
+        ask(client_that_replies(reply_with("yes", usage=None)), Budget(1.0, PRICES), {}, kept.append)
+    assert kept == ["yes"]
+    budget = Budget(1.0, PRICES)
+    assert ask(client_that_replies(reply_with(None)), budget, {}, kept.append) == ""
+    assert budget.cost == pytest.approx(0.0003)
+
+    def full(answer):
+        raise OSError("No space left on device")
+
+    budget = Budget(1.0, PRICES)
+    with pytest.raises(OSError, match="No space"):
+        ask(client_that_replies(reply_with("yes")), budget, {}, full)
+    assert budget.cost == pytest.approx(0.0003)

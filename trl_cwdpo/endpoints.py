@@ -5,11 +5,16 @@ import io
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 
 class CostCapError(RuntimeError):
     """The next call could cost more than is allowed."""
+
+
+class EndpointError(RuntimeError):
+    """A call failed for good, or what came back is no answer."""
 
 
 class Pace:
@@ -50,6 +55,7 @@ class Budget:
 
     def __init__(self, max_cost: float | None, prices: tuple[float, float] | None, option: str = "`max_cost`") -> None:
         self.max_cost, self.prices, self.option = max_cost, prices or (0.0, 0.0), option
+        self.is_priced = prices is not None
         self.cost = 0.0
         self._dearest: float | None = None
         self._open = 0
@@ -71,9 +77,10 @@ class Budget:
             self._changed.wait_for(lambda: self._dearest is not None or self._open == 0)
             expected = self.cost + (self._open + 1) * (self._dearest or 0.0)
             if expected > self.max_cost or self.cost >= self.max_cost:
+                on_their_way = f", {self._open} calls are on their way," if self._open else ""
                 raise CostCapError(
-                    f"{self.cost:.4f} has been spent, and the next calls could exceed {self.option}={self.max_cost}. "
-                    f"What there is is kept: raise {self.option} to continue from there."
+                    f"{self.cost:.4f} has been spent{on_their_way} and the next calls could exceed {self.option}="
+                    f"{self.max_cost}. What there is is kept: raise {self.option} to continue from there."
                 )
             self._open += 1
 
@@ -146,6 +153,60 @@ def make_client(
         )
     options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     return OpenAI(api_key=key or "none", base_url=base_url, max_retries=max_retries, **options)
+
+
+def ask(
+    client: Any,  # noqa: ANN401 (a class of a package that may be missing)
+    budget: Budget,
+    request: dict[str, Any],
+    keep: Callable[[str], None] = lambda answer: None,
+) -> str:
+    """
+    One call within a budget.
+
+    Args:
+        client (`openai.OpenAI`):
+            The client.
+        budget ([`Budget`]):
+            The budget; afterwards the call is settled, whatever happened.
+        request (`dict[str, Any]`):
+            Arguments of a chat completion.
+        keep (`Callable`, *optional*):
+            Called with the answer before it is settled: what was paid for is not lost where the cap cannot be kept.
+
+    Returns:
+        `str`: The answer, perhaps empty.
+
+    Raises:
+        CostCapError: If the call could exceed the budget, or its cost is not known.
+        EndpointError: If it fails for good, or what comes back is no chat completion.
+    """
+    budget.reserve()
+    try:
+        reply = client.chat.completions.create(**request)
+        answer = _answer_of(reply)
+    except Exception as error:
+        budget.cancel()
+        kind = type(error)
+        # The client passes on what a JSON parser says, a ValueError
+        if kind.__module__.startswith("openai") or isinstance(error, ValueError):
+            raise EndpointError(f"The endpoint failed, retries included: {kind.__name__}: {error}.") from error
+        raise
+    try:
+        keep(answer)
+    finally:
+        budget.settle(reply.usage)
+    return answer
+
+
+def _answer_of(reply: Any) -> str:  # noqa: ANN401 (the client's class, or whatever a page was read as)
+    choices = getattr(reply, "choices", None)
+    if not choices:
+        raise EndpointError(
+            f"What the endpoint answered is no chat completion but {str(reply)[:200]!r}. Check its address, which "
+            "usually ends in /v1."
+        )
+    return choices[0].message.content or ""
 
 
 def content_of(text: str, images: list[Any]) -> Any:  # noqa: ANN401 (what the client takes)

@@ -115,13 +115,8 @@ def prepared_rows(
         passage.entered = 0  # TRL has looked at first rows on the way
         trainer.passages = (*trainer.passages, passage)
         return prepared.filter(passage.leave)
-    try:
+    with naming_rows(dataset, processing_class, name):
         prepared = prepare(dataset)
-    except Exception as error:
-        for index, row in enumerate(dataset):
-            if (fault := _fault_of_rendering(row, processing_class)) is not None:
-                raise UnusablePairError(_of_row(index, name, fault)) from error
-        raise
     count, total = len(dataset) - len(prepared), len(dataset)
     reason = f"`max_length`={max_length} leaves nothing of a response"
     if count == total:
@@ -132,6 +127,33 @@ def prepared_rows(
         logger.warning("Left out %d of %d pairs of the %s dataset: %s.", count, total, name, reason)
         trainer.dropped_pairs.setdefault(name, {})[TOO_LONG] = count
     return prepared
+
+
+@contextmanager
+def naming_rows(dataset: Any, processing_class: Any, name: str) -> Iterator[None]:  # noqa: ANN401 (or a processor)
+    """
+    Where an error comes from a row that the chat template cannot render, say which row.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The data that are tokenized within the context.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Of the model.
+        name (`str`):
+            What to call the dataset.
+
+    Raises:
+        UnusablePairError: Naming the dataset, the row and the reason.
+    """
+    try:
+        yield
+    except UnusablePairError:
+        raise
+    except Exception as error:
+        for index, row in enumerate(dataset):
+            if (fault := _fault_of_rendering(row, processing_class)) is not None:
+                raise UnusablePairError(_of_row(index, name, fault)) from error
+        raise
 
 
 class Passage:

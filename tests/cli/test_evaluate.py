@@ -1,6 +1,7 @@
 """`trl-cwdpo evaluate`: the probes' measurement between any two checkpoints, with errors that say what to do."""
 
 import json
+import shutil
 
 import numpy as np
 import peft
@@ -172,16 +173,40 @@ def test_models_that_do_not_fit(text_model, vision_model, pairs_file, tmp_path, 
     assert evaluate(vision_model, "--reference", text_model, "--dataset_name", pairs_file) == 1
     assert "different tokens" in capsys.readouterr().err
     assert evaluate(tmp_path / "gone", "--reference", text_model, "--dataset_name", pairs_file) == 1
-    assert "gone" in capsys.readouterr().err
+    assert "There is no folder" in (said := capsys.readouterr().err)
+    assert "gone" in said
     assert evaluate(text_model, "--reference", tmp_path / "gone", "--dataset_name", pairs_file) == 1
-    assert "The tokenizer of the reference" in capsys.readouterr().err
+    assert "There is no folder" in capsys.readouterr().err
+    (tmp_path / "nothing").mkdir()
+    # Before anything is measured, although it comes last
+    assert evaluate(text_model, tmp_path / "nothing", "--dataset_name", pairs_file) == 1
+    assert "There is no model in the folder" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_loaded(text_model, pairs_file, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(text_model, broken)
+    (broken / "model.safetensors").write_bytes(b"not a safetensors file")
+    assert evaluate(text_model, broken, "--dataset_name", pairs_file) == 1
+    assert f"The model {broken} cannot be loaded" in capsys.readouterr().err
+
+
+def test_the_first_model_is_the_reference_by_default(text_model, other_model, pairs_file, capsys):
+    assert evaluate(other_model, text_model, "--dataset", pairs_file, "--size", 3) == 0
+    assert "changes and distances from tuned" in capsys.readouterr().out
+
+
+def test_a_row_that_cannot_be_tokenized_is_named(text_model, tmp_path, capsys):
+    file = tmp_path / "pairs.jsonl"
+    tiny.pairs(3, seed=7).remove_columns("prompt").to_json(file)
+    assert evaluate(text_model, "--dataset", file) == 1
+    assert "Row 0 of the held-out dataset cannot be tokenized" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "no MODEL given"),
-        (["m", "--dataset_name", "d"], "--reference is missing"),
         (["m", "--reference", "r"], "--dataset_name is missing"),
         (["m", "--reference", "r", "--dataset", "d", "--size", "0"], "--size must be 1 or more, got 0"),
         ([*NAMED, "--beta", "0"], "argument --beta: must be above 0, got 0"),

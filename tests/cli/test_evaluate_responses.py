@@ -72,6 +72,80 @@ def test_a_function_judges(material, tmp_path, monkeypatch):
     assert found.results("right", task="t")["wrong"]["win_rate"]["wins"] == 1.0
 
 
+def test_a_judge_that_fails_costs_no_other_number(vision_model, vision_pairs, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_judge.py").write_text("def judge(pairs):\n    raise KeyError('no such thing')\n")
+    data, copy = tmp_path / "shapes.parquet", tmp_path / "copy"
+    vision_pairs["test"].to_parquet(data)
+    copy.symlink_to(vision_model)
+    words = [vision_model, str(copy), "--dataset_name", str(data), "--size", "2", "--max_new_tokens", "2"]
+    words += ["--json", str(tmp_path / "n.json"), "--export", "lmms-eval", "--responses_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("trl_cwdpo.evaluation.responses.generate_responses", lambda *_, **__: next(texts))
+    texts = iter([["a", "b"], ["c", "d"]])
+    assert main(["evaluate", *words, "--judge", "broken_judge:judge"]) == 1
+    shown = capsys.readouterr()
+    assert "--judge broken_judge:judge failed: KeyError in broken_judge.py, line 2: 'no such thing'" in shown.err
+    assert "held-out pairs" in shown.out
+    numbers = json.loads((tmp_path / "n.json").read_text())["models"]["copy"]
+    assert numbers["responses"] == ["c", "d"]
+    assert "win_rate" not in numbers
+    assert list((tmp_path / "out" / "lmms-eval" / "copy").iterdir())
+
+
+def test_a_judge_without_sense_is_told(material, tmp_path, monkeypatch):
+    found, _ = collected(material, tmp_path)
+    found.judge, found.arguments.judge, found.wanted = (lambda pairs: ["A"] * len(pairs)), "mine:judge", True
+    found.responses = {"a": ["x"], "b": ["y"]}
+    found.data = [{"prompt": "?"}]
+    found.results("a", task="t")
+    assert found.failure.startswith("--judge mine:judge failed: The judge returned ['A'] for 1 comparisons; it must")
+
+
+def test_yes_no_answers(material, tmp_path):
+    model, processor, dataset, rows = material
+    answers = ["yes" if index % 2 else "No." for index in range(len(dataset))]
+    with_answers = dataset.add_column("answer", answers)
+    found, _ = collected((model, processor, with_answers, rows), tmp_path, "--answers", "--max_new_tokens", "1")
+    found.responses = {"parrot": ["yes"] * 4, "right": [with_answers[i]["answer"] for i in found.indices]}
+    results = found.results("right", task="t")
+    assert results["right"]["yes_no"]["accuracy"] == 1.0
+    share = sum(with_answers[i]["answer"] == "yes" for i in found.indices) / 4
+    assert results["parrot"]["yes_no"] == pytest.approx(
+        {
+            "accuracy": share,
+            "precision": share,
+            "recall": 1,
+            "f1": 2 * share / (1 + share),
+            "yes_ratio": 1,
+            "unreadable": 0,
+        }
+    )
+    shown = {header: written(results["right"][name]) for header, name, written in found.columns}
+    assert shown["right\nyes/no"] == "100.0 %"
+    assert shown["says\nneither"] == "0.0 %"
+    with pytest.raises(CommandError, match="needs a column `answer`"):
+        collected(material, tmp_path, "--answers")
+    wrong = dataset.add_column("answer", [*answers[:-1], "maybe"])
+    with pytest.raises(CommandError, match="is 'maybe', neither 'yes' nor 'no'"):
+        collected((model, processor, wrong, rows), tmp_path, "--answers")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--judge_max_cost", "1"], "--judge_max_cost means nothing without --judge endpoint:MODEL"),
+        (["--judge", "oracle", "--judge_url", "x"], "--judge_url means nothing without"),
+        (["--judge", "endpoint:m", "--judge_max_cost", "1"], "--judge_prices is missing"),
+        (["--judge", "endpoint:m", "--judge_max_cost", "-1"], "--judge_max_cost must be above 0, got -1.0"),
+        (["--judge", "endpoint:m", "--judge_prices", "-1", "1"], "--judge_prices must be 0 or more"),
+        (["--judge", "endpoint:m", "--judge_max_cost", "1", "--judge_prices", "0", "0"], "can never be reached"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(words, message, capsys):
+    assert main(["evaluate", "m", "--dataset", "d", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_caption_scores(material, tmp_path):
     pytest.importorskip("pycocoevalcap")
     found, _ = collected(material, tmp_path, "--captions")
@@ -84,7 +158,7 @@ def test_caption_scores(material, tmp_path):
 def test_exports(material, tmp_path):
     found, chosen = collected(material, tmp_path, "--export", "lmms-eval", "--export", "vlmevalkit")
     found.results("real", task="mine")
-    (file,) = (tmp_path / "lmms-eval" / "right").iterdir()
+    (file,) = (tmp_path / "lmms-eval" / "right").glob("*.jsonl")
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert [sample["filtered_resps"] for sample in samples] == [[text] for text in chosen]
     assert samples[0]["input"] == "describe the image"
@@ -103,7 +177,7 @@ def test_references():
     ("words", "message"),
     [
         (["--judge", "nowhere:judge"], "write it as `module:function`"),
-        (["--judge", "endpoint:m", "--judge_max_cost", "1"], "price_per_million|openai"),
+        (["--judge", "endpoint:m", "--judge_key_variable", "NO_SUCH"], "--judge_url|openai"),
     ],
 )
 def test_judges_that_cannot_be_had(material, tmp_path, words, message):

@@ -24,6 +24,7 @@ def test_the_same_as_the_probes(pairs, bins):
     assert found.ece == pytest.approx(expected_calibration_error(confidence, correct, bins), abs=1e-6)
     gaps = [abs(sure - right) for _, sure, right in reliability(confidence, correct, bins)]
     assert found.max_calibration_error == pytest.approx(max(gaps), abs=1e-6)
+    assert found.reliability == reliability(confidence, correct, bins)
     assert found.brier == pytest.approx(np.mean((confidence - correct) ** 2))
 
 

@@ -46,6 +46,16 @@ def test_without_java_it_says_so(monkeypatch):
         caption_scores(SAID, TRUTH, use_java=True)
 
 
+def test_a_java_that_does_not_run_is_none(monkeypatch, tmp_path):
+    # As on macOS, where the program only says where to get one
+    stub = tmp_path / "java"
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert not captions.has_java()
+    assert caption_scores(SAID, TRUTH).tokenizer == "simple"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 def test_with_java_plain_english_scores_the_same():

@@ -134,7 +134,33 @@ def test_an_answer_without_verdict_is_a_tie(server, tmp_path, monkeypatch, caplo
     judge = judge_at(server, tmp_path, monkeypatch)
     assert judge(PAIRS[:1]) == [0.5]
     assert judge.unreadable == 1
+    assert "1 answers without a verdict, counted as ties" in judge.summary()
     assert "no verdict: I cannot say." in caplog.text
+
+
+def test_a_damaged_file_of_the_cache_is_asked_again(server, tmp_path, monkeypatch):
+    judge_at(server, tmp_path, monkeypatch)(PAIRS)
+    files = sorted((tmp_path / "cache").iterdir())
+    for file, text in zip(files, ('{"answer": "[[', "[]", '{"answer": 3}'), strict=True):
+        file.write_text(text)
+    again = judge_at(server, tmp_path, monkeypatch)
+    assert again(PAIRS) == [1.0, 0.0, 0.5]
+    assert (again.calls, again.cached) == (3, 0)
+
+
+def test_the_summary_says_what_was_asked_and_paid(server, tmp_path, monkeypatch):
+    judge = judge_at(server, tmp_path, monkeypatch, price_per_million=(10.0, 100.0))
+    judge(PAIRS)
+    judge(PAIRS[:1])
+    assert judge.summary() == "3 calls, 1 answers from the cache, cost 0.0060"
+    assert "cost" not in judge_at(server, tmp_path, monkeypatch).summary()
+
+
+def test_temperature(server, tmp_path, monkeypatch):
+    judge_at(server, tmp_path, monkeypatch)(PAIRS[:1])
+    judge_at(server, tmp_path, monkeypatch, temperature=None)(PAIRS[:1])
+    assert [request.get("temperature") for request in server.requests] == [0.0, None]
+    assert "temperature" not in server.requests[1]
 
 
 def test_pictures_go_along(server, tmp_path, monkeypatch):

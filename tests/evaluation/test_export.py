@@ -20,16 +20,34 @@ RESPONSES = [
 
 
 def test_lmms_eval(tmp_path):
-    file = write_lmms_eval(RESPONSES, tmp_path, model="org/model", task="my task", date=datetime(2026, 1, 2, 3, 4, 5))
+    file, log = write_lmms_eval(
+        RESPONSES, tmp_path, model="org/model", task="my task", date=datetime(2026, 1, 2, 3, 4, 5)
+    )
     assert file.relative_to(tmp_path).as_posix() == "org__model/20260102_030405_samples_my_task.jsonl"
     first, second = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     assert (first["doc_id"], first["target"], first["score"]) == (3, "red", 0.5)
+    assert log.suffix == ".json"
     assert first["filtered_resps"] == ['a "red" thing\nindeed']
     assert second["input"] == "and this?"
     assert first["doc_hash"] != second["doc_hash"]
     # Its details are published as datasets
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["filtered_resps"] == [['a "red" thing\nindeed'], ["grün"]]
+
+
+def test_lmms_eval_answers_from_the_log(tmp_path):
+    """Read back as the model `from_log` does: which files, which keys, and which part of a response."""
+    date = datetime(2026, 1, 2, 3, 4, 5)
+    write_lmms_eval(RESPONSES, tmp_path, model="org/model", task="my task", date=date)
+    (file,) = tmp_path.rglob("*.json")
+    log = json.loads(file.read_text(encoding="utf-8"))
+    assert (log["args"]["model"], log["args"]["limit"]) == ("org/model", None)
+    assert "" in log["args"]["model_args"]
+    assert log["model_configs"]["task"] == "my task"
+    assert datetime.strptime(log["time"], "%m%d_%H%M") == datetime(1900, 1, 2, 3, 4)
+    answers = {entry["doc_id"]: entry["resps"][0] for entry in log["logs"]}
+    assert answers[3][0] == 'a "red" thing\nindeed'
+    assert answers[7][0] == "grün"
 
 
 def test_vlmevalkit(tmp_path):

@@ -73,7 +73,9 @@ def test_the_other_side_has_the_rest(pairs):
     assert one.win_rate.low <= one.win_rate.mean <= one.win_rate.high
 
 
-@pytest.mark.parametrize("verdicts", [[1.0], [2.0, 0.0], [float("nan"), 0.0]])
+@pytest.mark.parametrize(
+    "verdicts", [[1.0], [2.0, 0.0], [float("nan"), 0.0], ["A", "B"], [{}, {}], None, iter([1.0, 0.0])]
+)
 def test_nonsense_is_named(verdicts):
     with pytest.raises(ValueError, match="for 2 comparisons; it must return"):
         compare_responses(comparisons(("a", "b"), ("c", "d")), lambda pairs: verdicts)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_cwdpo.cli.evaluate_responses import add_arguments
+from trl_cwdpo.cli.evaluate_responses import add_arguments, check_arguments
 from trl_cwdpo.formats import LAYOUTS, parse_columns
 
 GRADED = ("cooling_floor", "cooling_temperature")
@@ -47,14 +47,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.models:
         parser.error("no MODEL given: name a folder, an adapter, or a model on the hub")
-    for name in ("reference", "dataset_name"):
-        if getattr(arguments, name) is None:
-            parser.error(f"--{name} is missing")
+    if arguments.dataset_name is None:
+        parser.error("--dataset_name is missing")
+    arguments.reference = arguments.reference or arguments.models[0]
     try:
         arguments.columns = parse_columns(arguments.columns)
     except ValueError as error:
         parser.error(str(error))
     _check_loss(parser, arguments)
+    check_arguments(parser, arguments)
     for name in ("size", "batch_size", "max_length", "max_new_tokens"):
         value = getattr(arguments, name)
         if value < (0 if name == "max_length" else 1):
@@ -65,7 +66,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-cwdpo evaluate",
-        usage="trl-cwdpo evaluate MODEL [MODEL ...] --reference MODEL --dataset_name DATA [options]",
+        usage="trl-cwdpo evaluate MODEL [MODEL ...] --dataset_name DATA [--reference MODEL] [options]",
         description=(
             "Measure on held-out preference pairs how models differ from a reference: what became of chosen, "
             "rejected, mismatched, shuffled and greedy responses, margins, calibration, and the distance. "
@@ -73,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("models", metavar="MODEL", nargs="*", help="what to measure")
-    parser.add_argument("--reference", metavar="MODEL", help="the model that changes and distances refer to")
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="the model that changes, distances and win-rates refer to (default: the first MODEL)",
+    )
     _add_data(parser.add_argument_group("data"))
     _add_measurement(parser.add_argument_group("measurement"))
     _add_loss(

@@ -19,7 +19,7 @@ from trl_cwdpo.cli.report import write_json
 from trl_cwdpo.cli.terminal import quiet
 from trl_cwdpo.loading import load_preference_dataset, select_rows
 from trl_cwdpo.probe_summary import PairLoss
-from trl_cwdpo.upstream.models import load_processor
+from trl_cwdpo.upstream.models import load_processor, require_model
 
 DEFAULT_BETA = 0.1
 LOADING_ERRORS = (OSError, ValueError, DatasetsError)
@@ -54,16 +54,19 @@ def run(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
             pair_loss=_pair_loss(arguments),
         )
+        check_models(models, trust_remote_code=settings.trust_remote_code)
         check_tokens(models, reference, trust_remote_code=settings.trust_remote_code)
         responses = GeneratedResponses(arguments, pairs, batch_size=arguments.batch_size)
         try:
             found = compare_models(models, reference, pairs, settings, responses.collector)
-            found = with_responses(found, responses, task=Path(arguments.dataset_name).stem)
+            found = with_responses(found, responses, task=Path(arguments.dataset_name).stem or "data")
         except (OSError, ValueError) as error:
             raise CommandError(str(error)) from error
     _write(arguments, found, models)
     for note in responses.notes:
         print(f"  {note}", file=sys.stderr if arguments.json == "-" else sys.stdout)
+    if responses.failure is not None:
+        raise CommandError(f"{responses.failure} There are no win-rates; all other numbers are complete.")
     return 0
 
 
@@ -167,6 +170,26 @@ def named_models(reference: str, models: Sequence[str]) -> dict[str, str]:
     return dict(zip(report.distinct_names([Path(path) for path in paths]), paths, strict=True))
 
 
+def check_models(models: dict[str, str], *, trust_remote_code: bool = False) -> None:
+    """
+    Make sure that all models are there before the first is measured.
+
+    Args:
+        models (`dict[str, str]`):
+            Folder or hub name of each, by name.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the models may run.
+
+    Raises:
+        CommandError: If one is not.
+    """
+    for path in models.values():
+        try:
+            require_model(path, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+
+
 def check_tokens(models: dict[str, str], reference: str, *, trust_remote_code: bool = False) -> None:
     """
     Make sure that log-probabilities per token can be compared.
@@ -192,7 +215,7 @@ def check_tokens(models: dict[str, str], reference: str, *, trust_remote_code: b
         try:
             vocabulary = _vocabulary(load_processor(path, trust_remote_code=trust_remote_code))
         except (OSError, ValueError):
-            continue  # saved without a tokenizer, or not there at all, which loading the model will tell
+            continue  # saved without a tokenizer
         if vocabulary != expected:
             raise CommandError(
                 f"{path} and the reference {models[reference]} have different tokens, so that their log-probabilities "

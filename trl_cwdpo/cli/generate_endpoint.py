@@ -19,7 +19,8 @@ from datasets import Dataset
 from trl_cwdpo.cli.errors import CommandError
 from trl_cwdpo.cli.generation_journal import Journal
 from trl_cwdpo.data import response_text, with_image_list
-from trl_cwdpo.endpoints import Budget, CostCapError, Pace, content_of
+from trl_cwdpo.endpoints import Budget, CostCapError, EndpointError, Pace, content_of
+from trl_cwdpo.endpoints import ask as ask_endpoint
 from trl_cwdpo.endpoints import make_client as make_endpoint_client
 from trl_cwdpo.negatives.selection import normalise
 
@@ -200,19 +201,8 @@ def edit_dataset(
 
     def ask(messages: list[dict[str, Any]]) -> str:
         pace.wait()
-        budget.reserve()
-        try:
-            reply = client.chat.completions.create(
-                model=settings.model,
-                messages=messages,
-                temperature=settings.temperature,
-                max_tokens=settings.max_completion_length,
-            )
-        except Exception:
-            budget.cancel()
-            raise
-        budget.settle(reply.usage)
-        return reply.choices[0].message.content or ""
+        request = {"model": settings.model, "messages": messages, "temperature": settings.temperature}
+        return ask_endpoint(client, budget, {**request, "max_tokens": settings.max_completion_length})
 
     def work(row: int) -> None:
         entry = edit_row(dataset[row], template, settings, ask)
@@ -233,14 +223,8 @@ def _in_parallel(work: Callable[[int], None], rows: list[int], settings: Endpoin
             future.result()
     except CostCapError as error:
         raise CommandError(str(error)) from error
-    except Exception as error:
-        kind = type(error)
-        if not kind.__module__.startswith("openai"):
-            raise
-        raise CommandError(
-            f"The endpoint failed after {settings.max_retries} retries: {kind.__name__}: {error}. What there is is "
-            "kept: the same command continues."
-        ) from error
+    except EndpointError as error:
+        raise CommandError(f"{error} What there is is kept: the same command continues.") from error
     finally:
         # Calls that have not begun are not begun
         pool.shutdown(cancel_futures=True)

@@ -12,6 +12,7 @@ from trl_cwdpo.evaluation.comparison import compare
 from trl_cwdpo.probe_records import ProbeRecord
 from trl_cwdpo.probe_rows import ProbeRows, choose_rows
 from trl_cwdpo.probe_summary import PairLoss
+from trl_cwdpo.row_errors import naming_pictures, naming_rows
 from trl_cwdpo.upstream.models import load_processor
 
 SCENE = "scene"
@@ -184,14 +185,15 @@ def compare_models(
         [`Comparison`].
     """
     processor = load_processor(models[reference], trust_remote_code=settings.trust_remote_code)
-    rows = choose_rows(
-        pairs,
-        processor,
-        settings.size,
-        max_length=settings.max_length,
-        truncation_mode=settings.truncation_mode,
-        seed=settings.seed,
-    )
+    with naming_pictures(None, pairs), naming_rows(pairs, processor, "held-out"):
+        rows = choose_rows(
+            pairs,
+            processor,
+            settings.size,
+            max_length=settings.max_length,
+            truncation_mode=settings.truncation_mode,
+            seed=settings.seed,
+        )
     chosen = pairs.select([row.index for row in rows.rows])
     measures = [measure for ask in MEASURES if (measure := ask(chosen, processor, settings)) is not None]
     further: dict[str, dict[str, Any]] = {name: {} for name in models}

@@ -1,11 +1,12 @@
 """Calibration by torchmetrics, for what has a confidence and is right or wrong."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from trl_cwdpo.probe_measures import smooth_calibration_error
+from trl_cwdpo.probe_measures import reliability, smooth_calibration_error
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,24 @@ class Calibration:
             Smooth calibration error (arXiv 2309.12236).
         brier (`float`):
             Mean of (confidence − right)².
+        reliability (`list[tuple[int, float, float]]`):
+            The points of a reliability diagram: number, mean confidence and accuracy of each bin that is not empty.
     """
 
     ece: float
     max_calibration_error: float
     smooth_ece: float
     brier: float
+    reliability: list[tuple[int, float, float]]
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> Calibration:
     """
-    Measure calibration.
+    Measure calibration, with errors by torchmetrics.
 
     Args:
         confidence (`np.ndarray` of shape `(N,)`):
@@ -75,4 +79,5 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) 
         max_calibration_error=norms["max"],
         smooth_ece=smooth_calibration_error(confidence, correct),
         brier=float(np.mean((confidence - correct) ** 2)),
+        reliability=reliability(confidence, correct, bins),
     )

@@ -6,6 +6,7 @@ English (lower case, punctuation dropped), METEOR is left out, and the result sa
 
 import re
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,10 +69,12 @@ def caption_scores(
         raise ModuleNotFoundError("Caption metrics need pycocoevalcap: pip install 'trl-cwdpo[eval]'.") from error
 
     _check(captions, references)
-    has_java = shutil.which("java") is not None
-    if use_java and not has_java:
-        raise ValueError("`use_java=True`, but there is no `java` on the PATH. Install one, or leave `use_java` out.")
-    java = has_java if use_java is None else use_java
+    works = use_java is not False and has_java()
+    if use_java and not works:
+        raise ValueError(
+            "`use_java=True`, but there is no `java` on the PATH that runs. Install one, or leave `use_java` out."
+        )
+    java = works if use_java is None else use_java
     tokenize = _ptb_tokens if java else _simple_tokens
     said = tokenize({str(i): [text] for i, text in enumerate(captions)})
     truth = tokenize({str(i): list(texts) for i, texts in enumerate(references)})
@@ -89,6 +92,17 @@ def caption_scores(
             "numbers that compare with published ones."
         )
     return CaptionScores(scores, "ptb" if java else "simple", notes)
+
+
+def has_java() -> bool:
+    """Whether there is a Java that runs: on macOS a program of that name is there without one."""
+    program = shutil.which("java")
+    if program is None:
+        return False
+    try:
+        return subprocess.run([program, "-version"], capture_output=True, timeout=60, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _check(captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from trl_cwdpo.probe_options import FAMILIES
 from trl_cwdpo.probe_passes import Reference
@@ -27,10 +28,16 @@ def load_for_evaluation(path: str, *, trust_remote_code: bool = False) -> Any:  
     Returns:
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], in evaluation mode; in the precision it was saved in,
         on the CPU in float32.
+
+    Raises:
+        ValueError: Naming the model, if it cannot be loaded.
     """
     device = torch.accelerator.current_accelerator(check_available=True)
     dtype = "float32" if device is None else "auto"
-    return load_model(path, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    try:
+        return load_model(path, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"The model {path} cannot be loaded: {error}") from error
 
 
 def compare(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trl_cwdpo.endpoints import Budget, content_of, make_client
+from trl_cwdpo.endpoints import Budget, ask, content_of, make_client
 from trl_cwdpo.evaluation.judges import as_messages
 from trl_cwdpo.evaluation.win_rate import LOSS, TIE, WIN, Comparison
 
@@ -49,6 +50,8 @@ class EndpointJudge:
             Calls at a time.
         with_images (`bool`, *optional*, defaults to `True`):
             Whether pictures of the rows (`images` or `image`) are sent along.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Temperature of the answers; `None` leaves it to the endpoint, for models that take no other than their own.
         client (`openai.OpenAI`, *optional*):
             A client to use instead of making one.
 
@@ -69,6 +72,7 @@ class EndpointJudge:
         max_retries: int = 5,
         workers: int = 4,
         with_images: bool = True,
+        temperature: float | None = 0.0,
         client: Any = None,  # noqa: ANN401 (a class of a package that may be missing)
     ) -> None:
         if max_cost is not None and price_per_million is None:
@@ -78,7 +82,7 @@ class EndpointJudge:
             )
         self.model, self.base_url, self.cache_dir = model, base_url, Path(cache_dir)
         self.budget = Budget(max_cost, price_per_million)
-        self.workers, self.with_images = workers, with_images
+        self.workers, self.with_images, self.temperature = workers, with_images, temperature
         self.client = client or make_client(base_url, api_key_variable, max_retries=max_retries, extra="eval")
         self.calls = self.cached = self.unreadable = 0
         self._lock = threading.Lock()
@@ -87,6 +91,15 @@ class EndpointJudge:
     def cost(self) -> float:
         """What has been spent, in the unit of the prices."""
         return self.budget.cost
+
+    def summary(self) -> str:
+        """What was asked, in a line for the user."""
+        parts = [f"{self.calls} calls", f"{self.cached} answers from the cache"]
+        if self.unreadable:
+            parts.append(f"{self.unreadable} answers without a verdict, counted as ties")
+        if self.budget.is_priced:
+            parts.append(f"cost {self.cost:.4f}")
+        return ", ".join(parts)
 
     def __call__(self, comparisons: Sequence[Comparison]) -> list[float]:
         """
@@ -101,6 +114,7 @@ class EndpointJudge:
 
         Raises:
             CostCapError: If the next call could exceed `max_cost`.
+            EndpointError: If a call fails for good. Answers so far are in the cache.
         """
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         pool = ThreadPoolExecutor(self.workers)
@@ -120,7 +134,9 @@ class EndpointJudge:
         return VERDICTS[found[-1].lower()]
 
     def _answer(self, pair: Comparison) -> str:
-        request = {"model": self.model, "messages": self._messages(pair), "temperature": 0.0}
+        request: dict[str, Any] = {"model": self.model, "messages": self._messages(pair)}
+        if self.temperature is not None:
+            request["temperature"] = self.temperature
         digest = hashlib.sha256(json.dumps([self.base_url, request], sort_keys=True).encode()).hexdigest()
         file = self.cache_dir / f"{digest}.json"
         known = _read_cache(file)
@@ -128,20 +144,9 @@ class EndpointJudge:
             with self._lock:
                 self.cached += 1
             return known
-        self.budget.reserve()
         with self._lock:
             self.calls += 1
-        try:
-            reply = self.client.chat.completions.create(**request)
-        except Exception:
-            self.budget.cancel()
-            raise
-        answer = reply.choices[0].message.content or ""
-        self.budget.settle(reply.usage)
-        aside = file.with_suffix(f".{threading.get_ident()}.tmp")
-        aside.write_text(json.dumps({"answer": answer}), encoding="utf-8")
-        aside.replace(file)
-        return answer
+        return ask(self.client, self.budget, request, lambda answer: _write_cache(file, answer))
 
     def _messages(self, pair: Comparison) -> list[dict[str, Any]]:
         images = _images(pair.row) if self.with_images else []
@@ -158,9 +163,18 @@ class EndpointJudge:
 
 def _read_cache(file: Path) -> str | None:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["answer"]
-    except FileNotFoundError:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
+    answer = known.get("answer") if isinstance(known, dict) else None
+    # A damaged file is one that is not there
+    return answer if isinstance(answer, str) else None
+
+
+def _write_cache(file: Path, answer: str) -> None:
+    aside = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
+    aside.write_text(json.dumps({"answer": answer}), encoding="utf-8")
+    aside.replace(file)
 
 
 def _images(row: dict[str, Any]) -> list[Any]:

@@ -1,9 +1,12 @@
 """Write responses in the formats that lmms-eval and VLMEvalKit read, to be scored or looked at with their tools.
 
 - lmms-eval: `<date>_samples_<task>.jsonl` in a folder named after the model, one object a line with `doc_id`,
-  `doc_hash`, `target`, `input` and `filtered_resps`, as its `EvaluationTracker` writes with `--log_samples`.
+  `doc_hash`, `target`, `input` and `filtered_resps`, as its `EvaluationTracker` writes with `--log_samples`; and
+  `<date>_<task>.json`, which its model `from_log` answers from: `--model from_log --model_args logs=FOLDER` scores the
+  responses with the metrics of `--tasks <task>`, if the rows are those of that task in its order.
 - VLMEvalKit: a table `<model>_<dataset>.tsv` with `index`, `question`, `answer` and `prediction`, what its evaluation
-  scripts take; and `<dataset>.tsv` with pictures in base64, the format of its benchmarks.
+  scripts take (and `run.py` with `PRED_FORMAT=tsv`); and `<dataset>.tsv` with pictures in base64, the format of its
+  benchmarks.
 """
 
 import base64
@@ -49,9 +52,9 @@ class Response:
 
 def write_lmms_eval(
     responses: Iterable[Response], folder: Path, *, model: str, task: str, date: datetime | None = None
-) -> Path:
+) -> list[Path]:
     """
-    Write a samples file of lmms-eval.
+    Write a samples file of lmms-eval, and a log that its model `from_log` reads.
 
     Args:
         responses (`Iterable[Response]`):
@@ -63,18 +66,28 @@ def write_lmms_eval(
         task (`str`):
             Name of the task.
         date (`datetime`, *optional*):
-            Goes into the name of the file; now by default.
+            Goes into the names of the files; now by default. Of several logs of a task, `from_log` takes the latest.
 
     Returns:
-        `Path`: The file.
+        `list[Path]`: The files.
     """
     target = folder / _file_name(model, "__")
     target.mkdir(parents=True, exist_ok=True)
-    stamp = (date or datetime.now()).strftime("%Y%m%d_%H%M%S")
-    file = target / f"{stamp}_samples_{_file_name(task)}.jsonl"
+    responses, date = list(responses), date or datetime.now()
+    stamp = date.strftime("%Y%m%d_%H%M%S")
+    samples = target / f"{stamp}_samples_{_file_name(task)}.jsonl"
     lines = [json.dumps(_lmms_eval_sample(response), ensure_ascii=False) for response in responses]
-    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return file
+    samples.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    log = {
+        "args": {"model": model, "model_args": "", "limit": None},
+        "model_configs": {"task": task},
+        "time": date.strftime("%m%d_%H%M"),
+        # One request a row, one response a request
+        "logs": [{"doc_id": r.index, "target": r.target, "resps": [[r.response]]} for r in responses],
+    }
+    file = target / f"{stamp}_{_file_name(task)}.json"
+    file.write_text(json.dumps(log, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [samples, file]
 
 
 def write_vlmevalkit(
@@ -138,7 +151,8 @@ def _lmms_eval_sample(response: Response) -> dict[str, Any]:
 def _write_table(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, delimiter="\t", lineterminator="\n")
+        # As VLMEvalKit writes its own
+        writer = csv.DictWriter(stream, columns, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
         writer.writerows(rows)
     return file

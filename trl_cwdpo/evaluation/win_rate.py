@@ -4,6 +4,7 @@ A judge sees two responses in an order and says which one it prefers. Judges hav
 is shown in both orders: a judge that changes its mind with the order has called a tie.
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -202,11 +203,14 @@ def score_judge(score: Callable[[Sequence[Comparison]], Sequence[float]]) -> Jud
 
 
 def _verdicts(judge: Judge, pairs: Sequence[Comparison]) -> np.ndarray:
-    verdicts = np.asarray(judge(pairs), dtype=float)
+    returned = judge(pairs)
+    try:
+        verdicts = np.asarray(returned, dtype=float)
+    except (TypeError, ValueError):  # words, objects, a generator
+        verdicts = np.empty(0)
     if verdicts.shape != (len(pairs),) or not np.all((verdicts >= 0.0) & (verdicts <= 1.0)):
         raise ValueError(
-            f"The judge returned {verdicts.shape} verdicts, such as {verdicts.ravel()[:5].tolist()}, for {len(pairs)} "
-            "comparisons; it must return one number in [0, 1] each: 1 for the first response, 0 for the second, 0.5 "
-            "for neither."
+            f"The judge returned {reprlib.repr(returned)} for {len(pairs)} comparisons; it must return a list with "
+            "one number in [0, 1] each: 1 for the first response, 0 for the second, 0.5 for neither."
         )
     return verdicts

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
 ADAPTER_FILE = "adapter_config.json"
@@ -38,6 +38,29 @@ def load_model(path: str, *, is_trainable: bool = False, **options: Any) -> PreT
         raise ValueError(f"{path} is an adapter that does not name its base model in {ADAPTER_FILE}: add it there.")
     options.pop("revision", None)
     return PeftModel.from_pretrained(create_model_from_path(base, **options), path, is_trainable=is_trainable)
+
+
+def require_model(path: str, *, trust_remote_code: bool = False) -> None:
+    """
+    Make sure that there is a model, by its configuration alone, before anything long begins.
+
+    Args:
+        path (`str`):
+            A folder, with a model or a PEFT adapter, or a name on the hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the model may run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter(path) else path
+        AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        where = f"There is no model in the folder {path}"
+        if not Path(path).is_dir():
+            where = f"There is no folder {path!r}, and as a model on the hub it cannot be had"
+        raise ValueError(f"{where}: {error}") from error
 
 
 def load_processor(path: str, **options: Any) -> Any:  # noqa: ANN401 (a processor or a tokenizer)
