@@ -2,7 +2,9 @@
 
 import pytest
 
-from trl_cwdpo.benchmarks.matrix import Cell, MatrixError, digest, parse_matrix
+from trl_cwdpo.benchmarks.checks import MatrixError
+from trl_cwdpo.benchmarks.configurations import check_options
+from trl_cwdpo.benchmarks.matrix import Cell, digest, parse_matrix
 
 GRID = {"learning_rate": ["1e-4", 3e-4], "beta": [0.1, 0.5]}
 
@@ -86,7 +88,30 @@ def test_selection_runs_never_touch_test_rows():
         ({"stage2": {"steps": 2.5}}, "stage2: steps must be int, got 2.5"),
         ({"stage2": {"steps": True}}, "stage2: steps must be int, got True"),
         ({"regimes": {"noisy": {"data": {"label_nose": 0.1}}}}, "unknown key 'label_nose' in regimes.noisy.data"),
-        ({"regimes": {"a/b": {}}}, "slash"),
+        ({"methods": ["dpo"]}, r"methods must be a mapping of keys to values, got \['dpo'\]"),
+        ({"methods": {"dpo": "cwdpo"}}, "methods.dpo must map keys to values, got 'cwdpo'"),
+        ({"stage2": {"steps": 0}}, "stage2: `steps` must be 1 or more, got 0"),
+        ({"stage1": {"batch_size": 0}}, "stage1: `batch_size` must be 1 or more"),
+        ({"stage1": {"learning_rate": -1}}, "stage1: `learning_rate` must be a number above 0"),
+        ({"base": {"scenes": 0}}, "base: `scenes` must be 1 or more"),
+        ({"data": {"test": 0}}, "data: `test` must be 1 or more, got 0"),
+        ({"data": {"label_noise": 1.5}}, r"`label_noise` is a share in \[0, 1\], got 1.5"),
+        ({"regimes": {"a": {"data": {"label_noise": 2}}}}, "regimes.a.data: `label_noise`"),
+        ({"data": {"grade_mix": {"hrd": 1}}}, "`grade_mix` is 'hrd', which is unknown; did you mean 'hard'"),
+        ({"data": {"grade_mix": {"hard": -1}}}, "`grade_mix.hard` must be 0 or more"),
+        ({"data": {"grade_mix": {"hard": 0}}}, "no share above 0"),
+        ({"grid": {"learning_rate": ["nan"]}}, "grid: `learning_rate` must be a number above 0, got nan"),
+        ({"grid": {"learning_rate": [1e-4], "beta": [0]}}, "`beta` must be a number above 0, got 0"),
+        ({"grid": {"learning_rate": [1e-4, 0.0001]}}, "`learning_rate` names 0.0001 more than once"),
+        ({"seeds": [10, 11, 10]}, "`seeds` names 10 more than once"),
+        ({"selection_seeds": [0, 0]}, "`selection_seeds` names 0 more than once"),
+        ({"seeds": [], "selection_seeds": [], "grid": {"learning_rate": [1e-4]}}, "there is nothing to run"),
+        ({"seeds": 10}, r"seeds must be a list, such as \[1, 2\], got 10"),
+        ({"curve_rows": 0}, "`curve_rows` must be 1 or more"),
+        ({"regimes": {"a/b": {}}}, "`regimes` has the name 'a/b', which cannot be a folder's"),
+        ({"regimes": {"..": {}}}, "cannot be a folder's"),
+        ({"methods": {"a/b": {"method": "dpo"}}}, "`methods` has the name 'a/b'"),
+        ({"methods": {"start": {"method": "dpo"}}}, "tables have for the start"),
     ],
 )
 def test_refusals_name_key_and_fix(changes, message):
@@ -97,3 +122,55 @@ def test_refusals_name_key_and_fix(changes, message):
 def test_not_a_mapping():
     with pytest.raises(MatrixError, match="must map keys to values, got \\[\\]"):
         parse_matrix([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"methods": {"cwdpo": {"options": {"cooling_min_wieght": 0.1}}}},
+            "unknown option 'cooling_min_wieght' in methods.cwdpo.options; did you mean 'cooling_min_weight'",
+        ),
+        (
+            {"methods": {"cwdpo": {"options": {"cooling_mode": "gat"}}}},
+            "methods.cwdpo in the regime default: `cool",
+        ),
+        (
+            {"methods": {"sft": {"options": {"cooling_mode": "gate"}}}},
+            "'cooling_mode' in methods.sft.options",
+        ),
+        ({"stage2": {"options": {"zzz": 1}}}, "in stage2.options; the options of CWDPOConfig are what can be set"),
+        ({"stage1": {"options": {"negative_wieght": 1}}}, "in stage1.options; did you mean 'negative_weight'"),
+        (
+            {"regimes": {"a": {"stage2": {"options": {"bata": 1}}}}},
+            "option 'bata' in regimes.a.stage2.options",
+        ),
+        # A grid would not be the grid that its tables show
+        ({"stage2": {"options": {"learning_rate": 1}}}, "that is what `grid.learning_rate` says. Leave it out"),
+        (
+            {"methods": {"dpo": {"options": {"beta": 1}}}},
+            "'beta': 1, but that is what `grid.beta` says",
+        ),
+        ({"stage1": {"options": {"negative_loss_type": "hinge"}}}, "that is what `stage1` of a method says"),
+        ({"stage2": {"options": {"output_dir": "/x"}}}, "that is what `--output_dir` says"),
+        ({"lora": {"rank": 3}}, "lora: .*unexpected keyword argument 'rank'"),
+    ],
+)
+def test_options_are_checked_before_anything_runs(changes, message):
+    with pytest.raises(MatrixError, match=message):
+        check_options(matrix(**changes))
+
+
+def test_options_that_are_right_pass():
+    check_options(
+        matrix(
+            methods={
+                "sft": {"options": {"weight_decay": 0.1}},
+                "cwdpo": {"stage1": "skip"},
+                "dpop": {"stage1": "hinge"},
+            },
+            stage1={"options": {"negative_nll_floor": 3.0}},
+            regimes={"sampled": {"stage2": {"options": {"dataset_negative_fraction": 0.5}}}},
+            lora={"r": 2},
+        )
+    )

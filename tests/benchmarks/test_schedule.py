@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_cwdpo.benchmarks.cell import Runner, with_label_noise
+from trl_cwdpo.benchmarks.cell import RESULTS, Runner, with_label_noise, write_results
 from trl_cwdpo.benchmarks.matrix import Cell, parse_matrix
 from trl_cwdpo.benchmarks.schedule import read_results, results_file, run_cells
 
@@ -95,6 +95,30 @@ def test_a_failure_names_its_cell_and_keeps_the_others(tmp_path):
     (tmp_path / "fail").unlink()
     _, log = run(tmp_path)
     assert "default/dpo/lr0.0001-beta0.1-seed0" not in log
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_results(tmp_path / "cells" / "a.json", {"a": 1})
+    assert list((tmp_path / "cells").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", '{"validation": ', "[]"])
+def test_a_start_that_was_damaged_is_built_again(tmp_path, monkeypatch, text):
+    runner = Runner(parse_matrix(VALUES), task=None, folder=tmp_path, cache=tmp_path)
+    start = runner.start_folder("default", "smoothed", 0)
+    start.mkdir(parents=True)
+    (start / RESULTS).write_text('{"validation": {}}')
+    assert runner.build_start("default", "smoothed", 0) == start
+    (start / RESULTS).write_text(text)
+    # It asks the task for the model to begin with, and here there is no task
+    with pytest.raises(AttributeError, match="build_base"):
+        runner.build_start("default", "smoothed", 0)
 
 
 @pytest.mark.slow

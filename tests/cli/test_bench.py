@@ -2,12 +2,15 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from trl_cwdpo.benchmarks.matrix import Base, Data, parse_matrix
+from trl_cwdpo.benchmarks.summary import MEASURES
 from trl_cwdpo.cli import main
 from trl_cwdpo.cli.bench import MATRICES
 from trl_cwdpo.cli.bench_questions import (
@@ -17,7 +20,7 @@ from trl_cwdpo.cli.bench_questions import (
     build_questions,
     yes_no_measures,
 )
-from trl_cwdpo.cli.bench_run import read_matrix
+from trl_cwdpo.cli.bench_run import LOCK, read_matrix
 from trl_cwdpo.cli.bench_tasks import TASKS, make_task
 from trl_cwdpo.cli.yaml_files import read_yaml_file
 from trl_cwdpo.shapes import Scene, build_dataset, build_model, build_processor
@@ -94,6 +97,47 @@ def test_report_only(finished, tmp_path, capsys):
     assert "without --report_only first" in capsys.readouterr().err
 
 
+def test_tables_of_a_part_say_so(finished, tmp_path, capsys):
+    assert "Incomplete" not in (finished / "out/report.md").read_text()
+    shutil.copytree(finished / "out", tmp_path / "out")
+    (tmp_path / "out/cells/default/dpop/lr0.0001-beta0.1-seed10.json").unlink()
+    assert bench(tmp_path, "--report_only") == 0
+    assert "**Incomplete: 2 of 2 runs of the grid and 1 of 2 of the comparison.**" in capsys.readouterr().out
+
+
+def test_numbers_for_programs(finished):
+    record = json.loads((finished / "out/bench.json").read_text())
+    result = json.loads((finished / "out/cells/default/dpop/lr0.0001-beta0.1-seed10.json").read_text())
+    (found,) = [entry["measures"] for entry in record["comparison"] if entry["method"] == "dpop"]
+    assert found["ece"] == {"mean": pytest.approx(result["test"]["ece"]), "low": None, "high": None}
+    assert set(MEASURES) <= set(found)
+    assert found["kl"]["mean"] == pytest.approx(result["test"]["kl"])
+    rivals = {(entry["method"], entry["rival"]) for entry in record["win_rates"]}
+    assert rivals == {("sft", "start"), ("sft", "dpop"), ("dpop", "start"), ("dpop", "sft")}
+    assert [entry["settings"] for entry in record["robustness"]] == [1, 1]
+
+
+def test_one_process_a_folder(finished, capsys):
+    with FileLock(finished / "out" / LOCK):
+        assert bench(finished) == 1
+        assert "Another process runs a benchmark" in capsys.readouterr().err
+        assert bench(finished, "--report_only") == 0
+
+
+def test_a_full_disk_is_no_traceback(finished, tmp_path, monkeypatch, capsys):
+    def full(file, result):
+        raise OSError(28, "No space left on device")
+
+    shutil.copytree(finished / "out", tmp_path / "out")
+    (tmp_path / "cache").symlink_to(finished / "cache")
+    (tmp_path / "out/cells/default/dpop/lr0.0001-beta0.1-seed10.json").unlink()
+    monkeypatch.setattr("trl_cwdpo.benchmarks.schedule.write_results", full)
+    assert bench(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "while running default/dpop/lr0.0001-beta0.1-seed10: [Errno 28] No space left on device" in said
+    assert "the same command continues" in said
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -109,7 +153,12 @@ def test_wrong_usage(words, code, message, capsys):
 
 
 def test_wrong_files(tmp_path, capsys):
-    for text, message in (("methods: [", "no valid YAML"), ("methods: {}", "cannot be run"), ("task: x", "lacks")):
+    for text, message in (
+        ("methods: [", "no valid YAML"),
+        ("methods: {}", "cannot be run"),
+        ("task: x", "lacks"),
+        (MATRIX.replace("skip}", "skip, options: {betta: 1}}"), "did you mean 'beta'"),
+    ):
         file = tmp_path / "wrong.yaml"
         file.write_text(text)
         assert main(["bench", str(file), "--output_dir", str(tmp_path / "out")]) == 1

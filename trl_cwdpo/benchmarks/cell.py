@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from trl_cwdpo.benchmarks import baselines
+from trl_cwdpo.benchmarks.configurations import stage1_options, stage2_options
 from trl_cwdpo.benchmarks.matrix import Cell, Data, Matrix, Stage2, digest
 from trl_cwdpo.benchmarks.methods import METHODS, PAIR_LOSS, SFT
 from trl_cwdpo.benchmarks.pair_loss_trainer import PairLossTrainer
@@ -95,7 +96,7 @@ class Runner:
             `Path`: The folder.
         """
         target = self.start_folder(regime, stage1, seed)
-        if (target / RESULTS).is_file():
+        if _is_whole(target):
             return target
         base = self.task.build_base(self.cache, self.matrix.base_of(regime))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,15 +116,7 @@ class Runner:
         return target
 
     def _train_stage1(self, base: Path, folder: Path, regime: str, stage1: str, seed: int) -> None:
-        settings = self.matrix.stage1
-        options = {
-            "negative_loss_type": stage1,
-            "max_steps": settings.steps,
-            "learning_rate": settings.learning_rate,
-            "per_device_train_batch_size": settings.batch_size,
-            **settings.options,
-        }
-        config = GentleNegativeSFTConfig(**_training_options(folder, seed), **options)
+        config = GentleNegativeSFTConfig(**stage1_options(self.matrix, stage1, folder, seed))
         processor = load_processor(str(base))
         trainer = GentleNegativeSFTTrainer(
             model=_load(base),
@@ -214,12 +207,7 @@ class Runner:
     def _trainer(self, cell: Cell, start: Path, folder: Path, processor: Any) -> Any:  # noqa: ANN401 (any TRL trainer)
         entry, stage2 = self.matrix.methods[cell.method], self.matrix.stage2_of(cell.regime)
         method = METHODS[entry.method]
-        common = {
-            **_training_options(folder, cell.seed),
-            "max_steps": stage2.steps,
-            "learning_rate": cell.learning_rate,
-            "per_device_train_batch_size": stage2.batch_size,
-        }
+        options = stage2_options(self.matrix, cell, folder)
         shared: dict[str, Any] = {
             "model": str(start),
             "train_dataset": self.pairs(cell.regime, cell.seed)[1],
@@ -227,13 +215,8 @@ class Runner:
             "peft_config": self._adapter(),
         }
         if method.kind == SFT:
-            # Options about pairs and negatives mean nothing to a method that sees the chosen responses alone
-            config = GentleNegativeSFTConfig(
-                **{**common, "negative_loss_type": "none", **method.options, **entry.options}
-            )
             shared["model"] = _load(start)
-            return GentleNegativeSFTTrainer(args=config, **shared)
-        options = {**common, "beta": cell.beta, **stage2.options, **method.options, **entry.options}
+            return GentleNegativeSFTTrainer(args=GentleNegativeSFTConfig(**options), **shared)
         # All cells of a start have the same pairs then; sampled ones have no stored reference
         from_dataset = options.get("dataset_negative_fraction", 1.0) == 1.0
         if from_dataset and not self.matrix.lora:
@@ -408,29 +391,25 @@ def write_results(file: Path, result: Mapping[str, Any]) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    aside.replace(file)
+    try:
+        aside.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        aside.replace(file)
+    finally:
+        # Left where the disk is full
+        aside.unlink(missing_ok=True)
+
+
+def _is_whole(start: Path) -> bool:
+    """Whether the folder of a start has its results, and these can be read."""
+    try:
+        return isinstance(json.loads((start / RESULTS).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _by_split(model: Any) -> dict[str, Reference]:  # noqa: ANN401 (a model of any class)
     # What a reference has said is kept by the position of the row in its split
     return {split: Reference(model, seen={}) for split in SPLITS}
-
-
-def _training_options(folder: Path, seed: int) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "seed": seed,
-        "warmup_steps": 0.1,
-        "max_length": None,
-        "use_cpu": not torch.accelerator.is_available(),
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
 
 
 def _load(folder: Path) -> Any:  # noqa: ANN401 (a model of any class)

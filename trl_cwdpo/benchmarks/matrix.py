@@ -6,7 +6,6 @@ then runs with the other seeds and is measured on test rows.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import typing
@@ -14,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from trl_cwdpo.benchmarks.checks import MatrixError, above_zero, at_least, nearest, no_twins, one_of
 from trl_cwdpo.benchmarks.methods import METHODS
 
+GRADES = ("hard", "medium", "easy")
+# The rival that is the model which stage 2 starts from
+START = "start"
 STAGE1_FORMS = ("smoothed", "hinge", "band", "none", "skip")
-
-
-class MatrixError(ValueError):
-    """A benchmark's file says something that cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,9 @@ class Base:
     steps: int = 800
     scenes: int = 20000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, scenes=self.scenes)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,17 @@ class Data:
     grade_mix: dict[str, float] = field(default_factory=dict)
     label_noise: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("stage1_pairs", "stage2_pairs", "validation", "test"):
+            at_least(1, **{name: getattr(self, name)})
+        if not 0.0 <= self.label_noise <= 1.0:
+            raise MatrixError(f"`label_noise` is a share in [0, 1], got {self.label_noise}.")
+        for grade, share in self.grade_mix.items():
+            one_of("a grade of `grade_mix`", grade, GRADES)
+            at_least(0, **{f"grade_mix.{grade}": share})
+        if self.grade_mix and not any(self.grade_mix.values()):
+            raise MatrixError("`grade_mix` has no share above 0. Give one a share, or leave it out for thirds.")
+
 
 @dataclass(frozen=True)
 class Stage1:
@@ -91,6 +104,10 @@ class Stage1:
     batch_size: int = 16
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, batch_size=self.batch_size)
+        above_zero("learning_rate", self.learning_rate)
+
 
 @dataclass(frozen=True)
 class Stage2:
@@ -112,6 +129,9 @@ class Stage2:
     batch_size: int = 16
     options: dict[str, Any] = field(default_factory=dict)
     reward: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -167,6 +187,14 @@ class Grid:
     learning_rate: list[float]
     beta: list[float] = field(default_factory=lambda: [0.1])
 
+    def __post_init__(self) -> None:
+        if not self.learning_rate or not self.beta:
+            raise MatrixError("`grid` needs at least one learning_rate and one beta.")
+        for name in ("learning_rate", "beta"):
+            for value in getattr(self, name):
+                above_zero(name, value)
+            no_twins(name, getattr(self, name))
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -220,8 +248,14 @@ class Matrix:
 
     def __post_init__(self) -> None:
         for name, entry in self.methods.items():
-            _one_of(f"methods.{name}.method", entry.method, METHODS)
-            _one_of(f"methods.{name}.stage1", entry.stage1, STAGE1_FORMS)
+            one_of(f"methods.{name}.method", entry.method, METHODS)
+            one_of(f"methods.{name}.stage1", entry.stage1, STAGE1_FORMS)
+        at_least(0, curve_points=self.curve_points, tolerance=self.tolerance)
+        at_least(1, curve_rows=self.curve_rows)
+        for name in ("seeds", "selection_seeds"):
+            no_twins(name, getattr(self, name))
+        if not self.selection_seeds and not self.seeds:
+            raise MatrixError("`seeds` and `selection_seeds` are empty: there is nothing to run. Name a seed.")
         if not self.selection_seeds and (len(self.grid.learning_rate) > 1 or len(self.grid.beta) > 1):
             raise MatrixError(
                 "`selection_seeds` is empty, but `grid` has several settings to choose from. Name a seed, or leave "
@@ -230,17 +264,21 @@ class Matrix:
         for name in ("methods", "regimes"):
             if not getattr(self, name):
                 raise MatrixError(f"`{name}` is empty: there is nothing to run. Name at least one.")
-        if not self.grid.learning_rate or not self.grid.beta:
-            raise MatrixError("`grid` needs at least one learning_rate and one beta.")
         shared = sorted(set(self.seeds) & set(self.selection_seeds))
         if shared:
             raise MatrixError(
                 f"`seeds` and `selection_seeds` share {shared}: a setting would be confirmed on the runs that it was "
                 "chosen by. Use others."
             )
-        for name in self.regimes:
-            if "/" in name:
-                raise MatrixError(f"The regime {name!r} has a slash in its name, which becomes a folder. Rename it.")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for kind in ("methods", "regimes"):
+            for name in getattr(self, kind):
+                if not name.strip(".") or set(name) & set("/\\"):
+                    raise MatrixError(f"`{kind}` has the name {name!r}, which cannot be a folder's. Rename it.")
+        if START in self.methods:
+            raise MatrixError(f"`methods` has the name {START!r}, which tables have for the start. Rename it.")
 
     def data_of(self, regime: str) -> Data:
         """The rows in a regime."""
@@ -373,7 +411,10 @@ def parse_matrix(values: Any) -> Matrix:  # noqa: ANN401 (whatever YAML holds)
     """
     if isinstance(values, Mapping) and isinstance(values.get("methods"), Mapping):
         # An entry without a method is the method of its name
-        methods = {name: {"method": name, **(entry or {})} for name, entry in values["methods"].items()}
+        methods = {
+            name: {"method": str(name), **(entry or {})} if isinstance(entry or {}, Mapping) else entry
+            for name, entry in values["methods"].items()
+        }
         values = {**values, "methods": methods}
     matrix = _build(Matrix, values, "the file")
     for regime in matrix.regimes:
@@ -392,7 +433,7 @@ def _build(kind: Any, values: Any, where: str) -> Any:  # noqa: ANN401 (one of t
     hints = typing.get_type_hints(kind)
     for name in values:
         if name not in hints:
-            raise MatrixError(f"unknown key {name!r} in {where}{_nearest(str(name), hints)}")
+            raise MatrixError(f"unknown key {name!r} in {where}{nearest(str(name), hints)}")
     missing = [
         entry.name
         for entry in fields(kind)
@@ -400,7 +441,11 @@ def _build(kind: Any, values: Any, where: str) -> Any:  # noqa: ANN401 (one of t
     ]
     if missing:
         raise MatrixError(f"{where} lacks the key {missing[0]!r}.")
-    return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+    checked = {name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()}
+    try:
+        return kind(**checked)
+    except MatrixError as error:
+        raise error if kind is Matrix else MatrixError(f"{where}: {error}") from None
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
@@ -418,7 +463,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
     # A boolean is an int for Python, but not for whoever wrote the file
     if type(value) is hint:
         return value
-    raise MatrixError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}.")
+    wanted = {"dict": "a mapping of keys to values", "list": "a list, such as [1, 2]"}
+    name = getattr(hint, "__name__", str(hint))
+    raise MatrixError(f"{where} must be {wanted.get(name, name)}, got {value!r}.")
 
 
 def _number(value: Any, where: str) -> float:  # noqa: ANN401
@@ -427,13 +474,3 @@ def _number(value: Any, where: str) -> float:  # noqa: ANN401
         return float(value)
     except (TypeError, ValueError):
         raise MatrixError(f"{where} must be a number, got {value!r}.") from None
-
-
-def _one_of(where: str, value: str, choices: Any) -> None:  # noqa: ANN401 (anything with names)
-    if value not in choices:
-        raise MatrixError(f"{where} is {value!r}, which is unknown{_nearest(value, choices)}")
-
-
-def _nearest(name: str, choices: Any) -> str:  # noqa: ANN401 (anything with names)
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; use one of {', '.join(choices)}."

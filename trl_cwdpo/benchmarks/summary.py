@@ -3,14 +3,14 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from trl_cwdpo.benchmarks.cell import DONE
-from trl_cwdpo.benchmarks.matrix import Matrix
+from trl_cwdpo.benchmarks.matrix import START, Matrix
 from trl_cwdpo.evaluation.win_rate import WinRate, outcomes_of_scores, summarise
 from trl_cwdpo.probe_measures import Interval
 
@@ -334,7 +334,7 @@ def win_rates(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str]
         scores[result["cell"]["regime"], result["cell"]["method"]][result["cell"]["seed"]] = (final, start)
     found = {}
     for (regime, method), runs in scores.items():
-        found[regime, method, "start"] = summarise(np.stack([outcomes_of_scores(*runs[seed]) for seed in runs]))
+        found[regime, method, START] = summarise(np.stack([outcomes_of_scores(*runs[seed]) for seed in runs]))
         for (other_regime, rival), others in scores.items():
             shared = [seed for seed in runs if seed in others]
             if other_regime != regime or rival == method or not shared:
@@ -342,3 +342,46 @@ def win_rates(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str]
             outcomes = [outcomes_of_scores(runs[seed][0], others[seed][0]) for seed in shared]
             found[regime, method, rival] = summarise(np.stack(outcomes))
     return found
+
+
+def numbers(
+    matrix: Matrix, grid: Sequence[Mapping[str, Any]], final: Sequence[Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    What the tables show, for programs.
+
+    Args:
+        matrix ([`Matrix`]):
+            The benchmark.
+        grid (`Sequence[Mapping[str, Any]]`):
+            Results of the selection seeds.
+        final (`Sequence[Mapping[str, Any]]`):
+            Results of the comparison's seeds.
+
+    Returns:
+        `dict[str, list[dict]]`: `robustness`, `comparison` (mean and interval of each measure) and `win_rates`, an
+        entry a regime and method; plain JSON values, `None` for what there is not.
+    """
+    return {
+        "robustness": [
+            {"regime": regime, "method": method, **_plain(asdict(found))}
+            for (regime, method), found in robustness(grid, matrix.tolerance).items()
+        ],
+        "comparison": [
+            {"regime": regime, "method": method, "measures": _plain({n: m and asdict(m) for n, m in found.items()})}
+            for (regime, method), found in comparison(final, matrix).items()
+        ],
+        "win_rates": [
+            {"regime": regime, "method": method, "rival": rival, **_plain(rate.to_dict())}
+            for (regime, method, rival), rate in win_rates(final).items()
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 (any value of JSON)
+    """The same without NaN, which JSON has not."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

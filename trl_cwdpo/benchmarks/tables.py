@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from trl_cwdpo.benchmarks.cell import DONE
-from trl_cwdpo.benchmarks.matrix import Matrix
+from trl_cwdpo.benchmarks.matrix import START, Matrix
 from trl_cwdpo.benchmarks.methods import METHODS
 from trl_cwdpo.benchmarks.summary import (
     MEASURES,
@@ -51,7 +51,7 @@ def report(
     Returns:
         `str`: Markdown.
     """
-    parts = [_methods(matrix)]
+    parts = [*_incomplete(matrix, grid, final), _methods(matrix)]
     if grid:
         parts.append(_grid_part(matrix, grid, score_name))
     if final:
@@ -80,6 +80,18 @@ def win_rate_text(rate: WinRate) -> str:
     mean, low, high = (100 * value for value in (rate.win_rate.mean, rate.win_rate.low, rate.win_rate.high))
     text = f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
     return f"**{text}**" if rate.is_decided else text
+
+
+def _incomplete(matrix: Matrix, grid: Sequence[Mapping[str, Any]], final: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning on top of tables of a part of the runs."""
+    in_grid = sum(1 for _ in matrix.grid_cells())
+    in_final = len(matrix.seeds) * len(matrix.regimes) * len(matrix.methods)
+    if len(grid) == in_grid and len(final) == in_final:
+        return []
+    return [
+        f"**Incomplete: {len(grid)} of {in_grid} runs of the grid and {len(final)} of {in_final} of the comparison.** "
+        "What is chosen and compared below may change with the rest."
+    ]
 
 
 def _methods(matrix: Matrix) -> str:
@@ -208,7 +220,7 @@ def _final_part(
 
 
 def _win_rate_table(regime: str, names: Sequence[str], rates: Mapping[tuple[str, str, str], WinRate]) -> str:
-    rivals = ["start", *names]
+    rivals = [START, *names]
     rows = [
         [name, *(win_rate_text(rates[regime, name, rival]) if rival != name else MISSING for rival in rivals)]
         for name in names

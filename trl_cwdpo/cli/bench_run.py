@@ -2,24 +2,32 @@
 
 import functools
 import importlib.util
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from trl_cwdpo.benchmarks.cell import Runner
-from trl_cwdpo.benchmarks.matrix import Cell, Matrix, MatrixError, parse_matrix
+from trl_cwdpo.benchmarks.checks import MatrixError
+from trl_cwdpo.benchmarks.configurations import check_options
+from trl_cwdpo.benchmarks.matrix import Cell, Matrix, parse_matrix
 from trl_cwdpo.benchmarks.plots import draw_plots
 from trl_cwdpo.benchmarks.schedule import read_results, run_cells
-from trl_cwdpo.benchmarks.summary import choose_settings
+from trl_cwdpo.benchmarks.summary import choose_settings, numbers
 from trl_cwdpo.benchmarks.tables import report
 from trl_cwdpo.benchmarks.task import Task
 from trl_cwdpo.cli.bench_tasks import TASKS, make_task
 from trl_cwdpo.cli.env import devices, versions
 from trl_cwdpo.cli.errors import CommandError
+from trl_cwdpo.cli.report import write_json
 from trl_cwdpo.cli.terminal import quiet
 
+LOCK = ".lock"
+CONTINUES = "Runs that are done are kept: the same command continues."
 REPORT, RECORD = "report.md", "bench.json"
 Results = list[dict[str, Any]]
 
@@ -57,7 +65,8 @@ def run_bench(values: Any, *, folder: Path, cache: Path, jobs: int = 1, report_o
         if not grid and not final:
             raise CommandError(f"No cell of this matrix is done in {folder}: run it without --report_only first.")
     else:
-        grid, final = _run(matrix, folder, cache, jobs)
+        with _locked(folder):
+            grid, final = _run(matrix, folder, cache, jobs)
     return _write(matrix, grid, final, folder, make_task(matrix.task, cache))
 
 
@@ -77,6 +86,8 @@ def read_matrix(values: Any) -> Matrix:  # noqa: ANN401 (whatever YAML holds)
     """
     try:
         matrix = parse_matrix(values)
+        with quiet(bars=False):
+            check_options(matrix)
     except MatrixError as error:
         raise CommandError(f"The matrix cannot be run: {error}") from error
     if matrix.task not in TASKS:
@@ -87,6 +98,29 @@ def read_matrix(values: Any) -> Matrix:  # noqa: ANN401 (whatever YAML holds)
 def make_runner(matrix: Matrix, folder: Path, cache: Path) -> Runner:
     """A runner of a matrix; called in each process."""
     return Runner(matrix, make_task(matrix.task, cache), folder, cache)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from the folder, and say of what can be mended that nothing is lost."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout as error:
+        raise CommandError(
+            f"Another process runs a benchmark in {folder}. Wait for it, look at what is done with --report_only, or "
+            "choose another folder with --output_dir."
+        ) from error
+    except OSError as error:
+        raise CommandError(f"{_during(error)}{error}. {CONTINUES}") from error
+    except BrokenProcessPool as error:
+        raise CommandError(
+            f"A process died, as it does when memory runs out: fewer --jobs need less. {CONTINUES}"
+        ) from error
+
+
+def _during(error: BaseException) -> str:
+    return "".join(f"{note}: " for note in getattr(error, "__notes__", []))
 
 
 def _run(matrix: Matrix, folder: Path, cache: Path, jobs: int) -> tuple[Results, Results]:
@@ -131,7 +165,7 @@ def _write(matrix: Matrix, grid: Results, final: Results, folder: Path, task: Ta
         for (regime, method), setting in _chosen(matrix, grid).items()
     ]
     record = {"matrix": asdict(matrix), "chosen": chosen, "versions": versions(), "devices": devices()}
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json({**record, **numbers(matrix, grid, final)}, str(folder / RECORD))
     print(f"\n{text}\nTables: {folder / REPORT}; results of each cell: {folder / 'cells'}")
     if importlib.util.find_spec("matplotlib") is None:
         print("No plots: matplotlib is missing; pip install 'trl-cwdpo[report]' and add --report_only.")
