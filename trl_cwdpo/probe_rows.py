@@ -200,7 +200,10 @@ def choose_rows(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     has_images = any(row.get(column) for _, row in raw for column in IMAGE_COLUMNS)
     if has_images and not isinstance(processing_class, ProcessorMixin):
-        raise ValueError("The probe dataset has pictures, but `processing_class` is a tokenizer. Pass the processor.")
+        raise ValueError(
+            "The probe dataset has pictures, but `processing_class` is a tokenizer. Pass the processor of a "
+            "vision-language model, or leave the pictures out."
+        )
     tokenize = _tokenize_with_images if has_images else _tokenize_text
     pairs = tokenize([row for _, row in raw], processing_class)
     cut = None if max_length is None else (max_length, "keep_start" if has_images else truncation_mode)

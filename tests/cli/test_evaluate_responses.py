@@ -166,6 +166,13 @@ def test_exports(material, tmp_path):
         rows = list(csv.DictReader(stream, delimiter="\t"))
     assert [row["prediction"] for row in rows] == [row["answer"] for row in rows] == chosen
     assert (tmp_path / "vlmevalkit" / "mine.tsv").is_file()
+    assert found.notes == []
+    found.data[0]["images"] = []
+    found.results("real", task="other")
+    assert not (tmp_path / "vlmevalkit" / "other.tsv").exists()
+    assert (tmp_path / "vlmevalkit" / "right_other.tsv").is_file()
+    assert found.notes == [note for note in found.notes if "not all rows here have one" in note]
+    assert len(found.notes) == 1
 
 
 def test_references():

@@ -3,8 +3,10 @@
 import pytest
 import tiny
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from trl_cwdpo.evaluation import judges
 from trl_cwdpo.evaluation.judges import as_messages, load_function, reward_model_judge
 from trl_cwdpo.evaluation.win_rate import Comparison, compare_responses
 
@@ -49,6 +51,50 @@ def test_it_prefers_the_higher_reward():
     rate = compare_responses(pairs, reward_model_judge(model, tokenizer))
     assert rate.wins == pytest.approx(sum(expected) / 3)
     assert rate.inconsistent == 0.0
+
+
+PAIRS = [
+    Comparison("what is the sea", "very very very green", "not a bit"),
+    Comparison("what is snow", "white", "black"),
+]
+
+
+def test_without_a_padding_token_rows_are_scored_one_by_one():
+    model, tokenizer = reward_model()
+    expected = reward_model_judge(model, tokenizer)(PAIRS)
+    model.config.pad_token_id = None
+    tokenizer.pad_token = None
+    assert reward_model_judge(model, tokenizer)(PAIRS) == expected
+
+
+def test_it_is_loaded_when_it_is_first_asked(tmp_path, monkeypatch):
+    model, tokenizer = reward_model()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = []
+    load = judges._load_reward_model
+    monkeypatch.setattr(judges, "_load_reward_model", lambda path: loaded.append(path) or load(path))
+    judge = reward_model_judge(str(tmp_path), None)
+    assert loaded == []
+    assert judge(PAIRS) == reward_model_judge(model, tokenizer)(PAIRS)
+    judge(PAIRS)
+    assert loaded == [str(tmp_path)]
+
+
+def test_special_tokens_come_from_the_template_or_the_tokenizer(monkeypatch):
+    model, tokenizer = reward_model()
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<|system|> $A", special_tokens=[("<|system|>", 5)])
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(inputs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    reward_model_judge(model, tokenizer, batch_size=1)(PAIRS[:1])
+    tokenizer.chat_template = None
+    reward_model_judge(model, tokenizer, batch_size=1)(PAIRS[:1])
+    with_template, without = seen[0], seen[2]
+    assert 5 not in with_template
+    assert without[0] == 5
+    assert without.count(5) == 1
 
 
 def test_it_needs_one_label():

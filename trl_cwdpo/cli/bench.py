@@ -31,6 +31,8 @@ def main(argv: Sequence[str]) -> int:
     # Nothing is fetched, so nothing should try to.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # For the processes of --jobs; in this one bars are off anyway
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     file = matrix_file(arguments.matrix)
     try:
         values = read_yaml_file(file)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from trl_cwdpo.benchmarks.cell import Runner
 from trl_cwdpo.benchmarks.checks import MatrixError
@@ -111,7 +112,7 @@ def _locked(folder: Path) -> Iterator[None]:
             f"Another process runs a benchmark in {folder}. Wait for it, look at what is done with --report_only, or "
             "choose another folder with --output_dir."
         ) from error
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CommandError(f"{_during(error)}{error}. {CONTINUES}") from error
     except BrokenProcessPool as error:
         raise CommandError(

@@ -316,6 +316,9 @@ class GeneratedResponses:
             write_lmms_eval(rows, folder / "lmms-eval", model=name, task=task)
         if "vlmevalkit" in self.arguments.export:
             one_picture_each = all(len(row.images) == 1 for row in rows)
+            note = "vlmevalkit: responses alone; its datasets have one picture a line, and not all rows here have one"
+            if not one_picture_each and note not in self.notes:
+                self.notes.append(note)
             write_vlmevalkit(rows, folder / "vlmevalkit", model=name, dataset=task, with_dataset=one_picture_each)
 
 

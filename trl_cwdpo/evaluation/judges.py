@@ -1,11 +1,12 @@
 """Judges of pairs of responses: a reward model, a user's function. See `win_rate` for what a judge is."""
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_cwdpo.evaluation.win_rate import Comparison, Judge, score_judge
 from trl_cwdpo.preserved import evaluation_mode, preserved_random_state
@@ -43,14 +44,15 @@ def reward_model_judge(model: Any, tokenizer: Any, *, batch_size: int = 8, max_l
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            A sequence-classification model with one label, or its folder or name.
+            A sequence-classification model with one label, or its folder or name; it is then loaded when it is first
+            asked, on the accelerator if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer; loaded with the model if `None`. Prompt and response are rendered with its chat template, or
             joined where it has none. Pictures are not shown to it.
         batch_size (`int`, *optional*, defaults to `8`):
             Responses a forward pass.
         max_length (`int`, *optional*, defaults to `2048`):
-            Longest prompt plus response in tokens; longer ones lose their beginning.
+            Longest prompt plus response in tokens, if its tokenizer allows as many; longer ones lose their beginning.
 
     Returns:
         `Judge`.
@@ -58,29 +60,43 @@ def reward_model_judge(model: Any, tokenizer: Any, *, batch_size: int = 8, max_l
     Raises:
         ValueError: If the model has not exactly one label.
     """
+    load: Callable[[], Any]
     if isinstance(model, str):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForSequenceClassification.from_pretrained(model)
-    if model.config.num_labels != 1:
+        config, load = AutoConfig.from_pretrained(model), cache(partial(_load_reward_model, model))
+    else:
+        config, load = model.config, lambda: model
+    if config.num_labels != 1:
         raise ValueError(
-            f"The reward model has {model.config.num_labels} labels; it must have one, whose logit is the reward."
+            f"The reward model has {config.num_labels} labels; it must have one, whose logit is the reward."
         )
+    max_length = min(max_length, tokenizer.model_max_length)
+    # A classifier over a decoder looks for the padding to find its last token
+    can_pad = tokenizer.pad_token_id is not None and config.pad_token_id is not None
+    size = batch_size if can_pad else 1
 
     @torch.no_grad()
     def score(comparisons: Sequence[Comparison]) -> list[float]:
-        texts = [_rendered(pair, tokenizer) for pair in comparisons]
-        rewards: list[float] = []
-        with preserved_random_state(), evaluation_mode(model):
-            for start in range(0, len(texts), batch_size):
-                rows = [
-                    tokenizer(text, add_special_tokens=False)["input_ids"]
-                    for text in texts[start : start + batch_size]
-                ]
-                inputs = tokenizer.pad({"input_ids": [ids[-max_length:] for ids in rows]}, return_tensors="pt")
-                rewards += model(**inputs.to(model.device)).logits[:, 0].float().tolist()
+        loaded, rewards = load(), list[float]()
+        # A chat template brings its special tokens
+        rows = [
+            tokenizer(_rendered(pair, tokenizer), add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+            for pair in comparisons
+        ]
+        with preserved_random_state(), evaluation_mode(loaded):
+            for start in range(0, len(rows), size):
+                ids = {"input_ids": [row[-max_length:] for row in rows[start : start + size]]}
+                inputs = tokenizer.pad(ids, padding=can_pad, return_tensors="pt")
+                rewards += loaded(**inputs.to(loaded.device)).logits[:, 0].float().tolist()
         return rewards
 
     return score_judge(score)
+
+
+def _load_reward_model(path: str) -> Any:  # noqa: ANN401 (a classifier of any class)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    dtype = "float32" if device is None else "auto"
+    return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype).to(device or "cpu").eval()
 
 
 def _rendered(pair: Comparison, tokenizer: Any) -> str:  # noqa: ANN401
