@@ -366,7 +366,8 @@ class TestCallback:
         assert all(math.isfinite(value) for value in logged[-1].values())
         first, *_, last = read_records(tmp_path)
         assert first.total_variation == pytest.approx(0.0, abs=1e-6)
-        assert first.loser_share == pytest.approx(0.5, abs=0.2)
+        # Half of the push without cooling; the rejected responses weigh less from the start
+        assert 0.1 < first.loser_share < 0.5
         assert last.weight == pytest.approx(sum(last.row_weights) / 6)
         assert last.margin.mean == pytest.approx(sum(last.row_margins) / 6)
         assert last.accuracy == sum(margin > 0 for margin in last.row_margins) / 6

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from trl_cwdpo.benchmarks.cell import RESULTS, Runner, with_label_noise, write_results
+from trl_cwdpo.benchmarks.configurations import cell_values, start_values
 from trl_cwdpo.benchmarks.matrix import Cell, parse_matrix
 from trl_cwdpo.benchmarks.schedule import read_results, results_file, run_cells
 
@@ -87,6 +88,32 @@ def test_what_was_cut_short_runs_again(tmp_path, text):
     assert json.loads(results_file(tmp_path, cell).read_text())["status"] == "done"
 
 
+def test_cells_of_other_defaults_run_again(tmp_path):
+    """A later version may have other defaults: its tables must not mix both."""
+    run(tmp_path)
+    cell = Cell("default", "cwdpo", 1e-4, 0.1, 0)
+    file, matrix = results_file(tmp_path, cell), parse_matrix(VALUES)
+    result = json.loads(file.read_text())
+    values = cell_values(matrix, cell)
+    assert values["stage2"]["cooling_mode"] == "loss"
+    assert "learning_rate" not in values["stage2"]
+    assert values["stage1"]["negative_loss_type"] == "smoothed"
+
+    def known(values):
+        file.write_text(json.dumps({**result, "values": values}))
+        return read_results(tmp_path, matrix, cell) is not None
+
+    # An older one had one option less, a newer one has one more
+    older = {side: dict(list(found.items())[1:]) for side, found in values.items()}
+    assert known(values)
+    assert known(older)
+    assert known({**values, "stage2": {**values["stage2"], "new": 1}})
+    assert not known({**values, "stage2": {**values["stage2"], "cooling_preset": "other"}})
+    assert not known({**values, "stage1": {**values["stage1"], "negative_weight": 0.7}})
+    # SFT reads nothing of CW-DPO's
+    assert "cooling_mode" not in cell_values(matrix, Cell("default", "sft", 1e-4, 0.1, 0))["stage2"]
+
+
 def test_a_failure_names_its_cell_and_keeps_the_others(tmp_path):
     (tmp_path / "fail").touch()
     with pytest.raises(RuntimeError, match="out of luck") as failure:
@@ -108,13 +135,14 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list((tmp_path / "cells").iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", '{"validation": ', "[]"])
+@pytest.mark.parametrize("text", ["", '{"validation": ', "[]", '{"values": {"negative_weight": 0.7}}'])
 def test_a_start_that_was_damaged_is_built_again(tmp_path, monkeypatch, text):
     runner = Runner(parse_matrix(VALUES), task=None, folder=tmp_path, cache=tmp_path)
     start = runner.start_folder("default", "smoothed", 0)
     start.mkdir(parents=True)
-    (start / RESULTS).write_text('{"validation": {}}')
-    assert runner.build_start("default", "smoothed", 0) == start
+    for known in ({"validation": {}}, {"values": start_values(runner.matrix, "smoothed")}):
+        (start / RESULTS).write_text(json.dumps(known))
+        assert runner.build_start("default", "smoothed", 0) == start
     (start / RESULTS).write_text(text)
     # It asks the task for the model to begin with, and here there is no task
     with pytest.raises(AttributeError, match="build_base"):

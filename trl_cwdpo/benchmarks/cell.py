@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from trl_cwdpo.benchmarks import baselines
-from trl_cwdpo.benchmarks.configurations import stage1_options, stage2_options
+from trl_cwdpo.benchmarks.configurations import cell_values, is_current, stage1_options, stage2_options, start_values
 from trl_cwdpo.benchmarks.matrix import Cell, Data, Matrix, Stage2, digest
 from trl_cwdpo.benchmarks.methods import METHODS, PAIR_LOSS, SFT
 from trl_cwdpo.benchmarks.pair_loss_trainer import PairLossTrainer
@@ -96,7 +96,7 @@ class Runner:
             `Path`: The folder.
         """
         target = self.start_folder(regime, stage1, seed)
-        if _is_whole(target):
+        if self._is_built(target, stage1):
             return target
         base = self.task.build_base(self.cache, self.matrix.base_of(regime))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,11 +109,20 @@ class Runner:
             model = load_for_evaluation(str(fresh))
             results = self._measure(model, load_processor(str(fresh)), regime, seed, _by_split(model))
             results["settings"] = self.matrix.start_settings(regime, stage1, seed)
+            results["values"] = start_values(self.matrix, stage1)
             (fresh / RESULTS).write_text(json.dumps(results) + "\n", encoding="utf-8")
             # A folder without results was left by something that is no run of ours or was cut short
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
         return target
+
+    def _is_built(self, start: Path, stage1: str) -> bool:
+        """Whether the folder of a start has its results, and these can be read and are of the options in force."""
+        try:
+            results = json.loads((start / RESULTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(results, dict) and is_current(results.get("values"), start_values(self.matrix, stage1))
 
     def _train_stage1(self, base: Path, folder: Path, regime: str, stage1: str, seed: int) -> None:
         config = GentleNegativeSFTConfig(**stage1_options(self.matrix, stage1, folder, seed))
@@ -173,7 +182,12 @@ class Runner:
         entry = self.matrix.methods[cell.method]
         start = self.start_folder(cell.regime, entry.stage1, cell.seed)
         processor = load_processor(str(start))
-        result: dict[str, Any] = {"cell": asdict(cell), "settings": self.matrix.cell_settings(cell), "status": DONE}
+        result: dict[str, Any] = {
+            "cell": asdict(cell),
+            "settings": self.matrix.cell_settings(cell),
+            "values": cell_values(self.matrix, cell),
+            "status": DONE,
+        }
         with tempfile.TemporaryDirectory() as folder:
             trainer = self._trainer(cell, start, Path(folder), processor)
             curve = LearningCurve(self, cell, processor)
@@ -397,14 +411,6 @@ def write_results(file: Path, result: Mapping[str, Any]) -> None:
     finally:
         # Left where the disk is full
         aside.unlink(missing_ok=True)
-
-
-def _is_whole(start: Path) -> bool:
-    """Whether the folder of a start has its results, and these can be read."""
-    try:
-        return isinstance(json.loads((start / RESULTS).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
 
 
 def _by_split(model: Any) -> dict[str, Reference]:  # noqa: ANN401 (a model of any class)

@@ -1,7 +1,8 @@
 """The options of a benchmark's trainings, put together from its file, and their check before anything runs."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,49 @@ def stage2_options(matrix: Matrix, cell: Cell, folder: Path) -> dict[str, Any]:
         # Options about pairs and negatives mean nothing to a method that sees the chosen responses alone
         return {**common, "negative_loss_type": "none", **method.options, **entry.options}
     return {**common, "beta": cell.beta, **stage2.options, **method.options, **entry.options}
+
+
+def values_in_force(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The values of a configuration's own options, where nothing is given its defaults: what a later version of this
+    package may do otherwise under the same file.
+
+    Args:
+        kind (`type`):
+            [`~trl_cwdpo.CWDPOConfig`] or [`~trl_cwdpo.GentleNegativeSFTConfig`].
+        options (`Mapping[str, Any]`):
+            What is given.
+
+    Returns:
+        `dict[str, Any]`: By name, as JSON has them.
+    """
+    inherited = {entry.name for parent in kind.__mro__[1:] if is_dataclass(parent) for entry in fields(parent)}
+    own = {entry.name: entry.default for entry in fields(kind) if entry.name not in inherited and entry.init}
+    values = {name: options.get(name, default) for name, default in own.items()}
+    return json.loads(json.dumps(values, default=str))
+
+
+def cell_values(matrix: Matrix, cell: Cell) -> dict[str, Any]:
+    """[`values_in_force`] of the training of a cell, and of stage 1 before it."""
+    folder, form = Path("unused"), matrix.methods[cell.method].stage1
+    own = values_in_force(_kind(matrix, cell.method), stage2_options(matrix, cell, folder))
+    return {"stage1": start_values(matrix, form), "stage2": own}
+
+
+def start_values(matrix: Matrix, stage1: str) -> dict[str, Any]:
+    """[`values_in_force`] of a form of stage 1."""
+    if stage1 == "skip":
+        return {}
+    return values_in_force(GentleNegativeSFTConfig, stage1_options(matrix, stage1, Path("unused"), 0))
+
+
+def is_current(noted: Mapping[str, Any] | None, current: Mapping[str, Any]) -> bool:
+    """Whether noted values are those of now; an option that only one of both has, or no note at all, is no change."""
+    shared = set(noted or {}) & set(current)
+    return noted is None or all(
+        is_current(noted[name], current[name]) if isinstance(current[name], dict) else noted[name] == current[name]
+        for name in shared
+    )
 
 
 def check_options(matrix: Matrix) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl_cwdpo.benchmarks.cell import Runner, write_results
+from trl_cwdpo.benchmarks.configurations import cell_values, is_current
 from trl_cwdpo.benchmarks.matrix import Cell, Matrix
 
 MakeRunner = Callable[[], Runner]
@@ -40,7 +41,8 @@ def results_file(folder: Path, cell: Cell) -> Path:
 
 def read_results(folder: Path, matrix: Matrix, cell: Cell) -> dict[str, Any] | None:
     """
-    The results of a cell, if it has run with the settings that the matrix has now.
+    The results of a cell, if it has run with the settings that the matrix has now, and with the defaults of now where
+    it has none.
 
     Args:
         folder (`Path`):
@@ -59,7 +61,9 @@ def read_results(folder: Path, matrix: Matrix, cell: Cell) -> dict[str, Any] | N
         return None
     # As JSON has it, so that a tuple equals a list
     expected = json.loads(json.dumps(matrix.cell_settings(cell)))
-    return result if isinstance(result, dict) and result.get("settings") == expected else None
+    if not isinstance(result, dict) or result.get("settings") != expected:
+        return None
+    return result if is_current(result.get("values"), cell_values(matrix, cell)) else None
 
 
 def run_cells(
