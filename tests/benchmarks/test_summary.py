@@ -183,6 +183,25 @@ def test_win_rates_by_hand():
     assert rates["default", "cwdpo", "start"].win_rate.mean == pytest.approx((1 + 0.5 + 1 + 1) / 4)
 
 
+def test_the_curve_of_a_diverged_run_ends_at_its_score():
+    """Its last good measurements would otherwise make it look better than runs that went on."""
+    found = result("dpo", status="diverged", seed=10)
+    found["curve"] = CURVE[:2]
+    # From 0.7 at step 10 down to 0 at step 60: (0.6 · 10 + 0.35 · 50) / 60
+    assert measures_of(found, "test", matrix())["area"] == pytest.approx(23.5 / 60)
+    whole = result("dpo", seed=10)
+    whole["curve"] = CURVE[:2]
+    assert measures_of(whole, "test", matrix())["area"] == pytest.approx(0.6)
+
+
+def test_the_share_of_seeds_that_reach_the_target():
+    reached, missed = result("dpo", seed=10), result("dpo", seed=11)
+    reached["curve"], missed["curve"] = CURVE, [*CURVE[:1], {**CURVE[1], "score": 0.6}]
+    found = comparison([reached, missed], matrix())["default", "dpo"]
+    assert found["reached_target"].mean == 0.5
+    assert found["steps_to_target"] is None
+
+
 def test_a_diverged_run_loses():
     results = [result("dpo", status="diverged", seed=10), result("cwdpo", scores=(1.0, 0.5), seed=10)]
     assert win_rates(results)["default", "dpo", "cwdpo"].win_rate.mean == 0.0

@@ -119,12 +119,14 @@ def measures_of(result: Mapping[str, Any], split: str, matrix: Matrix) -> dict[s
         `dict[str, float | None]`: By the names of `MEASURES` and those of the task; `None` where there is none.
     """
     curve = result["curve"]
+    steps = time_to_target(curve, matrix.target_gain, "step")
     numbers: dict[str, float | None] = {
         "score": score_of(result, split),
         "train_seconds": result["train_seconds"],
         "gradient_spikes": float(result["gradient_spikes"]),
-        "area": area_under_curve(curve),
-        "steps_to_target": time_to_target(curve, matrix.target_gain, "step"),
+        "area": area_under_curve(_to_the_end(result, matrix)),
+        "reached_target": float(steps is not None) if len(curve) > 1 else None,
+        "steps_to_target": steps,
         "seconds_to_target": time_to_target(curve, matrix.target_gain, "seconds"),
         "gain": score_of(result, split) - fmean(result["start"][split]["scores"]),
     }
@@ -136,6 +138,13 @@ def measures_of(result: Mapping[str, Any], split: str, matrix: Matrix) -> dict[s
     for side in ("chosen", "rejected"):
         numbers[f"{side}_delta"] = found[f"{side}_avg_logp"] - start[f"{side}_avg_logp"]
     return numbers
+
+
+def _to_the_end(result: Mapping[str, Any], matrix: Matrix) -> list[Mapping[str, float]]:
+    """The curve of a run; where it diverged, down to the score 0 that it has at its last step."""
+    if result["status"] == DONE or not result["curve"]:
+        return list(result["curve"])
+    return [*result["curve"], {"step": matrix.stage2_of(result["cell"]["regime"]).steps, "score": 0.0}]
 
 
 def by_setting(results: Sequence[Mapping[str, Any]]) -> dict[Key, dict[Setting, list[Mapping[str, Any]]]]:
