@@ -62,8 +62,6 @@ class SignalThresholds:
             Falls from this size on count as strong in the diagnosis, nats per token.
         low_weight (`float`, *optional*, defaults to `0.3`):
             Mean cooling weight below which it counts as low.
-        high_weight (`float`, *optional*, defaults to `0.7`):
-            Mean cooling weight above which it counts as high.
     """
 
     patience: int = 2
@@ -89,7 +87,6 @@ class SignalThresholds:
     still: float = 2.0
     strong: float = 0.5
     low_weight: float = 0.3
-    high_weight: float = 0.7
 
     @classmethod
     def of(cls, numbers: Mapping[str, Any]) -> "SignalThresholds":
@@ -120,7 +117,7 @@ class SignalThresholds:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.easy_quantile > 1:
             raise ValueError(f"`easy_quantile` must lie between 0 and 1, got {self.easy_quantile}.")
-        for low, high in (("flat", "strong"), ("low_weight", "high_weight"), ("easy_weight", "hard_weight")):
+        for low, high in (("flat", "strong"), ("cooled_weight", "low_weight"), ("easy_weight", "hard_weight")):
             if getattr(self, low) > getattr(self, high):
                 raise ValueError(f"`{low}`={getattr(self, low)} must not exceed `{high}`={getattr(self, high)}.")
 

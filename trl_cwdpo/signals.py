@@ -376,10 +376,12 @@ STILL = (
     "as learned."
 )
 MOVING = ("chosen", "rejected", "rejected_hard", "rejected_easy", "argmax")
-# A model that has learnt its chosen responses cannot raise them much, easy responses fall a little with the hard ones
-# that they share words with, and where only easy ones are pushed down, hard ones gain: no fault of their own
+# Where the method's table wants a middle or high weight, any will do that is not cooled out: how high a healthy one is
+# depends on the preset. A model that has learnt its chosen responses cannot raise them much, easy responses fall a
+# little with the hard ones that they share words with, and where only easy ones are pushed down, hard ones gain: no
+# fault of their own
 TABLE = (
-    _Row("healthy", "0+", "-", "0-", "0", "not low", "Go on."),
+    _Row("healthy", "0+", "-", "0-", "0", "not cooled", "Go on."),
     _Row(
         "squeezing",
         "-",
@@ -389,7 +391,7 @@ TABLE = (
         "*",
         "Set `cooling_mode='gate'`, lower `cooling_temperature` or the learning rate, or add an NLL term.",
     ),
-    _Row("entangled pairs", "-", "-", "0", "0", "high", "Filter pairs that are too similar; anchor the chosen."),
+    _Row("entangled pairs", "-", "-", "0", "0", "not cooled", "Filter pairs that are too similar; anchor the chosen."),
     _Row(
         "easy negatives dominate",
         "0+",
@@ -400,10 +402,10 @@ TABLE = (
         "Check that β·L·τ < 1; filter easy pairs with `cooling_min_weight`, or take fresh negatives.",
     ),
     _Row("cooled out", "0", "0", "0", "0", "cooled", "Take fresh negatives, or lower `cooling_floor`."),
-    _Row("SFT-like drift", "+", "+", "+", "+", "high", "Raise `beta`, or give the NLL term less weight."),
-    _Row("labels swapped or mask wrong", "-", "+", "*", "*", "high", SWAPPED),
+    _Row("SFT-like drift", "+", "+", "+", "+", "not cooled", "Raise `beta`, or give the NLL term less weight."),
+    _Row("labels swapped or mask wrong", "-", "+", "*", "*", "not cooled", SWAPPED),
     # Hard responses share words with the chosen one, which holds them back; nothing else makes easy ones gain
-    _Row("labels swapped or mask wrong", "-", "0+", "+", "*", "high", SWAPPED),
+    _Row("labels swapped or mask wrong", "-", "0+", "+", "*", "not cooled", SWAPPED),
 )
 
 
@@ -493,6 +495,5 @@ def _weight_fits(weight: float | None, wanted: str, thresholds: SignalThresholds
     return {
         "cooled": weight < thresholds.cooled_weight,
         "low": weight < thresholds.low_weight,
-        "not low": weight >= thresholds.low_weight,
-        "high": weight > thresholds.high_weight,
+        "not cooled": weight >= thresholds.cooled_weight,
     }[wanted]
