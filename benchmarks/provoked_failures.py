@@ -50,7 +50,7 @@ class Scenario(NamedTuple):
 SCENARIOS = {
     # Default mode, calibrated floor and temperature
     "healthy": Scenario("plain", {"learning_rate": 1.5e-4}, frozenset({"healthy"})),
-    # β·L·τ = 0.1 · 10 · 3 = 3, and a learning rate 17 times as high
+    # β·L·τ = 0.1 · 10 · 3 = 3, and a learning rate seven times as high
     "squeezing": Scenario(
         "plain",
         {"beta": 0.1, "cooling_floor": -6.0, "cooling_temperature": 3.0, "learning_rate": 1e-3},
