@@ -38,9 +38,7 @@ def build_questions(rows: Dataset, rng: random.Random) -> Dataset:
     answers = [YES, NO] * ((len(rows) + 1) // 2)
     answers = answers[: len(rows)]
     rng.shuffle(answers)
-    questions = [
-        _question(Scene.from_json(scene), truth, rng) for scene, truth in zip(rows["scene"], answers, strict=True)
-    ]
+    questions = [ask(Scene.from_json(scene), truth, rng) for scene, truth in zip(rows["scene"], answers, strict=True)]
     words = [word for choices in KINDS.values() for word in choices]
     grades = ["hard" if grade == "hard" else "easy" for grade in rows["grade"]]
     rejected = [
@@ -146,7 +144,21 @@ def answer_reward(completions: Sequence[Any], answer: Sequence[str], **kwargs: A
     return [float(is_answer(text, truth)) for text, truth in zip(texts, answer, strict=True)]
 
 
-def _question(scene: Scene, truth: str, rng: random.Random) -> str:
+def ask(scene: Scene, truth: str, rng: random.Random) -> str:
+    """
+    A question about a picture.
+
+    Args:
+        scene (`Scene`):
+            The picture.
+        truth (`str`):
+            The answer that it is to have, `"yes"` or `"no"`.
+        rng (`random.Random`):
+            Source of randomness.
+
+    Returns:
+        `str`: After something of the picture, with one attribute changed where the answer is no.
+    """
     phrases = [phrase._asdict() for phrase in describe(scene).phrases]
     named = dict(rng.choice(phrases))
     while truth == NO and named in phrases:
@@ -166,7 +178,7 @@ def _first_token_logps(model: Any, processor: Any, rows: Dataset, batch_size: in
     with preserved_random_state(), evaluation_mode(model):
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            texts = [_prompt_text(processor, messages[-1]["content"]) for messages in batch["prompt"]]
+            texts = [prompt_text(processor, messages[-1]["content"]) for messages in batch["prompt"]]
             inputs = processor(
                 images=batch["images"],
                 text=texts,
@@ -179,6 +191,7 @@ def _first_token_logps(model: Any, processor: Any, rows: Dataset, batch_size: in
     return torch.cat(found)
 
 
-def _prompt_text(processor: Any, question: str) -> str:  # noqa: ANN401
+def prompt_text(processor: Any, question: str) -> str:  # noqa: ANN401
+    """A question about one picture as the model reads it, up to where the answer begins."""
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from trl_cwdpo.benchmarks.matrix import Base, Data
 from trl_cwdpo.benchmarks.task import Task
+from trl_cwdpo.cli.bench_answering import build_answering_base
 from trl_cwdpo.cli.bench_pictures import RealPictures
 from trl_cwdpo.cli.bench_questions import (
     answer_probabilities,
@@ -82,6 +83,12 @@ class ShapesQuestions(ShapesCaptions):
     score_name = "accuracy"
     own_measures: Mapping[str, tuple[str, int]] = {"answer_ece": ("ECE of the answer", 3)}
     reward = staticmethod(answer_reward)
+
+    def build_base(self, folder: Path, base: Base) -> Path:
+        """See [`~trl_cwdpo.benchmarks.task.Task`]: the captioning model, taught to answer for as many steps."""
+        captioner = super().build_base(folder, base)
+        target = captioner.with_name(f"{captioner.name}-answering")
+        return build_answering_base(captioner, target, scenes=base.scenes, steps=base.steps, seed=base.seed)
 
     def training_pairs(self, data: Data, seed: int) -> tuple[Dataset, Dataset]:
         """See [`~trl_cwdpo.benchmarks.task.Task`]."""

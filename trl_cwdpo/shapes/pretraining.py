@@ -79,15 +79,16 @@ class PretrainResult(NamedTuple):
 
 class Corpus(NamedTuple):
     """
-    All pictures and captions of a pretraining, as tensors.
+    All pictures, prompts and answers of a pretraining, as tensors. For captions, the answers are word orders.
 
     Args:
         pixels (`torch.Tensor`):
             Pictures, uint8, shape (N, 3, height, width).
         prompt_ids (`torch.Tensor`):
-            Prompt with image tokens, the same for every picture, shape (P,).
+            Prompts with image tokens, all of one length: shape (P,) where it is the same for every picture, or
+            (N, K, P), one for each answer.
         completion_ids (`torch.Tensor`):
-            Captions with end token, padded with `IGNORED`, shape (N, K, T): K word orders of at most T tokens.
+            Answers with end token, padded with `IGNORED`, shape (N, K, T): K answers of at most T tokens.
     """
 
     pixels: Tensor
@@ -132,7 +133,7 @@ def pretrain(
     def build(folder: Path) -> None:
         processor = build_processor()
         model = build_model(processor, seed=seed)
-        with _one_thread():
+        with one_thread():
             corpus = draw_corpus(processor, recipe, seed=seed)
             losses = train(model, corpus, recipe, steps=steps, seed=seed, progress=progress)
         model.save_pretrained(folder)
@@ -220,7 +221,7 @@ def completion_loss(
     model: LlavaForConditionalGeneration, corpus: Corpus, scenes: Tensor, word_orders: Tensor
 ) -> Tensor:
     """
-    Mean loss of the caption tokens of a batch. The head is applied to their positions only: most of a sequence is
+    Mean loss of the answers' tokens of a batch. The head is applied to their positions only: most of a sequence is
     image and prompt.
 
     Args:
@@ -231,17 +232,18 @@ def completion_loss(
         scenes (`torch.Tensor`):
             Rows of the corpus, shape (B,).
         word_orders (`torch.Tensor`):
-            Which caption of each row, shape (B,).
+            Which answer of each row, shape (B,).
 
     Returns:
         `torch.Tensor`: Scalar loss in nats a token.
     """
-    labels = corpus.completion_ids[scenes, word_orders]
-    inputs = torch.cat((corpus.prompt_ids.expand(len(labels), -1), labels.clamp(min=0)), dim=1)
+    labels, prompts = corpus.completion_ids[scenes, word_orders], corpus.prompt_ids
+    prompts = prompts.expand(len(labels), -1) if prompts.ndim == 1 else prompts[scenes, word_orders]
+    inputs = torch.cat((prompts, labels.clamp(min=0)), dim=1)
     pixels = (corpus.pixels[scenes].float() / 255 - PIXEL_MEAN) / PIXEL_STD
     # Padding comes last and attention is causal, so no attention mask is needed.
     hidden = model.model(input_ids=inputs, pixel_values=pixels, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden[:, len(corpus.prompt_ids) - 1 : -1])
+    logits = model.lm_head(hidden[:, prompts.shape[1] - 1 : -1])
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
@@ -264,6 +266,11 @@ def _completion_ids(processor: LlavaProcessor, scenes: Sequence[Scene], orders: 
 
 def _sample_batch(corpus: Corpus, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     number, orders, _ = corpus.completion_ids.shape
+    if corpus.prompt_ids.ndim > 1:
+        # All questions about a picture together: what tells their answers apart is then the question alone. Without
+        # this, hundreds of steps stay at chance
+        scenes = torch.randint(number, (size // orders,), generator=generator)
+        return scenes.repeat_interleave(orders), torch.arange(orders).repeat(len(scenes))
     scenes = torch.randint(number, (size,), generator=generator)
     return scenes, torch.randint(orders, (size,), generator=generator)
 
@@ -300,7 +307,7 @@ def _build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Sums depend on how they are cut up, so one thread gives the same weights on every machine of a kind."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
