@@ -95,11 +95,15 @@ def test_curves_by_hand():
 
 
 def test_measures_of_a_run():
-    numbers = measures_of(result(scores=(1.0, 0.5), ece=0.07), "test", matrix())
+    run = result(scores=(1.0, 0.5), ece=0.07)
+    run["start"]["test"]["exact"] = 0.25
+    numbers = measures_of(run, "test", matrix())
     assert numbers["score"] == 0.75
     assert numbers["gain"] == pytest.approx(0.25)
     assert numbers["ece_change"] == pytest.approx(0.03)
     assert numbers["chosen_delta"] == pytest.approx(0.5)
+    # A measure of the task's own
+    assert numbers["exact_change"] == pytest.approx(0.25)
     assert numbers["exact"] == 0.5
     assert "accuracy" not in numbers
 

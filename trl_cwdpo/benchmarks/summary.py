@@ -116,7 +116,8 @@ def measures_of(result: Mapping[str, Any], split: str, matrix: Matrix) -> dict[s
             The benchmark.
 
     Returns:
-        `dict[str, float | None]`: By the names of `MEASURES` and those of the task; `None` where there is none.
+        `dict[str, float | None]`: By the names of `MEASURES` and those of the task; with `_change`, less the start's;
+        `None` where there is none.
     """
     curve = result["curve"]
     steps = time_to_target(curve, matrix.target_gain, "step")
@@ -133,8 +134,9 @@ def measures_of(result: Mapping[str, Any], split: str, matrix: Matrix) -> dict[s
     if result["status"] != DONE:
         return numbers
     found, start = result[split], result["start"][split]
-    numbers |= {name: value for name, value in found.items() if isinstance(value, float)}
-    numbers["ece_change"] = found["ece"] - start["ece"]
+    single = {name: value for name, value in found.items() if isinstance(value, float)}
+    numbers |= single
+    numbers |= {f"{name}_change": value - start[name] for name, value in single.items() if name in start}
     for side in ("chosen", "rejected"):
         numbers[f"{side}_delta"] = found[f"{side}_avg_logp"] - start[f"{side}_avg_logp"]
     return numbers

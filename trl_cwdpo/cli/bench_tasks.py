@@ -81,7 +81,11 @@ class ShapesQuestions(ShapesCaptions):
 
     name = "shapes-questions"
     score_name = "accuracy"
-    own_measures: Mapping[str, tuple[str, int]] = {"answer_ece": ("ECE of the answer", 3)}
+    own_measures: Mapping[str, tuple[str, int]] = {
+        "answer_ece": ("ECE of the answer", 3),
+        "answer_ece_change": ("its ECE − start's", 3),
+        "answer_brier_change": ("its Brier − start's", 3),
+    }
     reward = staticmethod(answer_reward)
 
     def build_base(self, folder: Path, base: Base) -> Path:
