@@ -7,13 +7,12 @@ Short runs of a trainer with AdamW stay at chance; the recipe of the captions' p
 import functools
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import LlavaForConditionalGeneration
 
 from trl_cwdpo.cli.bench_questions import QUESTION, ask, prompt_text
 from trl_cwdpo.evaluation.answers import NO, YES
@@ -67,7 +66,7 @@ def build_answering_base(captioner: Path, target: Path, *, scenes: int, steps: i
 
     def build(folder: Path) -> None:
         processor = load_processor(str(captioner))
-        model = AutoModelForImageTextToText.from_pretrained(captioner)
+        model = LlavaForConditionalGeneration.from_pretrained(captioner)
         drawn = sample_scenes(recipe.num_scenes, seed=seed, pair_fraction=recipe.pair_fraction)
         with one_thread():
             corpus = question_corpus(processor, drawn, seed)
@@ -80,14 +79,14 @@ def build_answering_base(captioner: Path, target: Path, *, scenes: int, steps: i
     return target
 
 
-def question_corpus(processor: Any, scenes: Sequence[Scene], seed: int) -> Corpus:  # noqa: ANN401
+def question_corpus(processor: Any, scenes: list[Scene], seed: int) -> Corpus:  # noqa: ANN401
     """
     Questions about pictures, half of them with the answer yes, as tensors.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
             The processor of the model.
-        scenes (`Sequence[Scene]`):
+        scenes (`list[Scene]`):
             The pictures.
         seed (`int`):
             Seed of the questions.
