@@ -153,6 +153,15 @@ def test_not_a_mapping():
         ),
         ({"stage1": {"options": {"negative_loss_type": "hinge"}}}, "that is what `stage1` of a method says"),
         ({"stage2": {"options": {"output_dir": "/x"}}}, "that is what `--output_dir` says"),
+        (
+            {"methods": {"bdpo": {"options": {"cooling_mode": "gate"}}}},
+            "`cooling_mode` is 'gate', but Bounded DPO.* is not",
+        ),
+        ({"stage2": {"options": {"on_policy_chosen": True}}}, "on_policy_chosen|reward: true"),
+        (
+            {"stage2": {"options": {"negative_selection": "lowest_reward", "dataset_negative_fraction": 0}}},
+            "reward: true",
+        ),
         ({"lora": {"rank": 3}}, "lora: .*unexpected keyword argument 'rank'"),
     ],
 )

@@ -209,7 +209,9 @@ def test_the_command(vision_model, vision_pairs, tmp_path, capsys):
     # The same model on both sides
     assert "50.0 % [50.0, 50.0]" in shown
     assert "by oracle, ties one half" in shown
-    numbers = json.loads((tmp_path / "n.json").read_text())["models"]["copy"]
+    written = json.loads((tmp_path / "n.json").read_text())
+    assert "by oracle, ties one half" in written["notes"][0]
+    numbers = written["models"]["copy"]
     assert numbers["win_rate"]["ties"] == 1.0
     assert len(numbers["responses"]) == 3
     assert numbers["kl"] == pytest.approx(0.0, abs=1e-6)

@@ -11,7 +11,8 @@ from peft import LoraConfig
 
 from trl_cwdpo.benchmarks.checks import MatrixError, nearest
 from trl_cwdpo.benchmarks.matrix import Cell, Matrix
-from trl_cwdpo.benchmarks.methods import METHODS, SFT
+from trl_cwdpo.benchmarks.methods import METHODS, PAIR_LOSS, SFT
+from trl_cwdpo.benchmarks.pair_loss_trainer import OPTIONS
 from trl_cwdpo.cwdpo_config import CWDPOConfig
 from trl_cwdpo.gentle_negative_sft_config import GentleNegativeSFTConfig
 
@@ -152,8 +153,26 @@ def check_options(matrix: Matrix) -> None:
     for regime in matrix.regimes:
         for name in matrix.methods:
             cell = Cell(regime, name, matrix.grid.learning_rate[0], matrix.grid.beta[0], seed=0)
-            where = f"methods.{name} in the regime {regime}"
-            _check_values(_kind(matrix, name), stage2_options(matrix, cell, folder), where)
+            where, options = f"methods.{name} in the regime {regime}", stage2_options(matrix, cell, folder)
+            _check_values(_kind(matrix, name), options, where)
+            _check_fit(matrix, cell, options, where)
+
+
+def _check_fit(matrix: Matrix, cell: Cell, options: Mapping[str, Any], where: str) -> None:
+    """What the trainers would refuse, when much has run already."""
+    method = METHODS[matrix.methods[cell.method].method]
+    for name, value in OPTIONS.items():
+        if method.kind == PAIR_LOSS and options[name] != value:
+            raise MatrixError(
+                f"{where}: `{name}` is {options[name]!r}, but {method.summary} is not cooled. Leave it out."
+            )
+    asks = options.get("on_policy_chosen") or options.get("negative_selection") == "lowest_reward"
+    has_reward = matrix.stage2_of(cell.regime).reward or options.get("negative_reward_funcs")
+    if asks and not has_reward:
+        raise MatrixError(
+            f"{where}: `on_policy_chosen` and `negative_selection: lowest_reward` go by the scores of sampled "
+            "responses. Add `reward: true` to `stage2`."
+        )
 
 
 def _kind(matrix: Matrix, name: str) -> type:

@@ -390,9 +390,9 @@ def numbers(
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 (any value of JSON)
-    """The same without NaN, which JSON has not."""
+    """The same without NaN and infinity, which JSON has not."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

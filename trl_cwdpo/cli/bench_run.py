@@ -68,7 +68,8 @@ def run_bench(values: Any, *, folder: Path, cache: Path, jobs: int = 1, report_o
     else:
         with _locked(folder):
             grid, final = _run(matrix, folder, cache, jobs)
-    return _write(matrix, grid, final, folder, make_task(matrix.task, cache))
+    with _mendable():
+        return _write(matrix, grid, final, folder, make_task(matrix.task, cache))
 
 
 def read_matrix(values: Any) -> Matrix:  # noqa: ANN401 (whatever YAML holds)
@@ -103,15 +104,24 @@ def make_runner(matrix: Matrix, folder: Path, cache: Path) -> Runner:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from the folder, and say of what can be mended that nothing is lost."""
+    """Keep other processes from the folder."""
     try:
-        with FileLock(folder / LOCK, timeout=0):
+        with FileLock(folder / LOCK, timeout=0), _mendable():
             yield
     except Timeout as error:
         raise CommandError(
             f"Another process runs a benchmark in {folder}. Wait for it, look at what is done with --report_only, or "
             "choose another folder with --output_dir."
         ) from error
+    except OSError as error:
+        raise CommandError(f"The folder cannot be used: {error}. Name another.") from error
+
+
+@contextmanager
+def _mendable() -> Iterator[None]:
+    """Say of what can be mended outside, such as a full disk, that nothing is lost."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise CommandError(f"{_during(error)}{error}. {CONTINUES}") from error
     except BrokenProcessPool as error:

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             found = with_responses(found, responses, task=Path(arguments.dataset_name).stem or "data")
         except (OSError, ValueError) as error:
             raise CommandError(str(error)) from error
-    _write(arguments, found, models)
+    _write(arguments, found, models, responses.notes)
     for note in responses.notes:
         print(f"  {note}", file=sys.stderr if arguments.json == "-" else sys.stdout)
     if responses.failure is not None:
@@ -227,10 +227,11 @@ def _vocabulary(processor: Any) -> dict[str, int]:  # noqa: ANN401 (a processor 
     return dict(getattr(processor, "tokenizer", processor).get_vocab())
 
 
-def _write(arguments: argparse.Namespace, found: Comparison, models: dict[str, str]) -> None:
+def _write(arguments: argparse.Namespace, found: Comparison, models: dict[str, str], notes: Sequence[str]) -> None:
     about = {
         "dataset": arguments.dataset_name,
         "paths": models,
+        "notes": list(notes),
         "versions": versions(),
         "records": {name: record.to_dict() for name, record in found.records.items()},
     }
@@ -244,7 +245,7 @@ def _write(arguments: argparse.Namespace, found: Comparison, models: dict[str, s
             found.records,
             found.reference,
             ([header.replace("\n", " ") for header in headers], cells),
-            found.explanation(),
+            "; ".join([found.explanation(), *notes]),
             found.rows.examples,
         )
         report.write_text(arguments.html, text)
