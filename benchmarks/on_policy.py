@@ -127,6 +127,7 @@ def train_arm(stage1: Path, arm: str, seed: int, pairs: Dataset, folder: Path, s
             learning_rate=settings.learning_rate,
             beta=settings.beta,
             negative_max_completion_length=16,
+            cooling_preset="tail",  # the default when the published numbers were made
             negative_log_samples=0,
             **changes,
         )
