@@ -46,7 +46,7 @@ def stage1_options(matrix: Matrix, stage1: str, folder: Path, seed: int) -> dict
         `dict[str, Any]`.
     """
     return {
-        **_training_options(folder, seed),
+        **training_options(folder, seed),
         "negative_loss_type": stage1,
         "max_steps": matrix.stage1.steps,
         "learning_rate": matrix.stage1.learning_rate,
@@ -74,7 +74,7 @@ def stage2_options(matrix: Matrix, cell: Cell, folder: Path) -> dict[str, Any]:
     entry, stage2 = matrix.methods[cell.method], matrix.stage2_of(cell.regime)
     method = METHODS[entry.method]
     common = {
-        **_training_options(folder, cell.seed),
+        **training_options(folder, cell.seed),
         "max_steps": stage2.steps,
         "learning_rate": cell.learning_rate,
         "per_device_train_batch_size": stage2.batch_size,
@@ -198,7 +198,8 @@ def _check_values(kind: type, options: Mapping[str, Any], where: str) -> None:
         raise MatrixError(f"{where}: {error}") from error
 
 
-def _training_options(folder: Path, seed: int) -> dict[str, Any]:
+def training_options(folder: Path, seed: int) -> dict[str, Any]:
+    """Options of a short training that leaves nothing behind but its model."""
     return {
         "output_dir": str(folder),
         "seed": seed,

@@ -50,7 +50,6 @@ def build_answering_base(captioner: Path, target: Path, *, scenes: int, steps: i
     recipe = Recipe(
         batch_size=BATCH,
         num_scenes=scenes,
-        captions_per_scene=QUESTIONS_PER_SCENE,
         muon_learning_rate=MUON_RATE,
         adamw_learning_rate=ADAMW_RATE,
     )
@@ -59,6 +58,7 @@ def build_answering_base(captioner: Path, target: Path, *, scenes: int, steps: i
         "code": source_digest(),
         "captioner": captioner.name,
         "question": QUESTION,
+        "questions_per_scene": QUESTIONS_PER_SCENE,
         "steps": steps,
         "seed": seed,
         **asdict(recipe),

@@ -13,6 +13,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
+from trl_cwdpo.benchmarks.configurations import training_options
 from trl_cwdpo.cli.demo_metrics import score_responses
 from trl_cwdpo.cli.demo_settings import DemoSettings
 from trl_cwdpo.cli.env import devices, versions
@@ -199,20 +200,8 @@ class Demo:
         }
 
     def _training_options(self, folder: Path) -> dict[str, Any]:
-        return {
-            "output_dir": str(folder),
-            "seed": self.settings.seed,
-            "per_device_train_batch_size": self.settings.batch_size,
-            "warmup_steps": 0.1,
-            "max_length": None,
-            "use_cpu": not torch.accelerator.is_available(),
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
+        batch_size = self.settings.batch_size
+        return {**training_options(folder, self.settings.seed), "per_device_train_batch_size": batch_size}
 
     def _train(self, name: str, trainer: Any) -> None:  # noqa: ANN401 (any TRL trainer)
         trainer.remove_callback(PrinterCallback)
